@@ -1,0 +1,300 @@
+"""One capture of a Hugging Face causal language model, from arguments to a finished run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..store.errors import InputError
+from ..store.manifest import Prompt, PromptTokens
+from ..store.trace import Trace
+from .generate import CausalModel, Generation, run_batch
+from .hf import (
+    HuggingFaceCausalModel,
+    ModelSource,
+    checkpoint_fingerprint,
+    load_config,
+    load_model,
+    load_tokenizer,
+    parse_dtype,
+    position_limit,
+    quiet_transformers,
+    stop_tokens,
+)
+from .plan import Plan, plan_capture
+from .prompts import EncodedPrompt, PromptInput, check_lengths, encode_prompts, teacher_prompts
+from .recorder import record
+from .selection import Selection
+
+
+@dataclass(frozen=True)
+class HuggingFaceCapture:
+    """Arguments of a capture.
+
+    Attributes:
+        source: the model.
+        run: name of the new run.
+        role: `reference`, `baseline` or `target`.
+        dtype: the model's dtype by name.
+        prompts: prompts; empty when a teacher's prompts are used.
+        teacher: run whose tokens are fed instead of greedy ones.
+        generation: how prompts are continued; its stop tokens come from the model.
+        selection: which sites are kept.
+        statistics_only: keep statistics and checksums, not values.
+    """
+
+    source: ModelSource
+    run: str
+    role: str
+    dtype: str = "float32"
+    prompts: Sequence[PromptInput] = ()
+    teacher: str | None = None
+    generation: Generation = field(default_factory=Generation)
+    selection: Selection = field(default_factory=Selection)
+    statistics_only: bool = False
+
+
+@dataclass(frozen=True)
+class CaptureSummary:
+    """What a capture did.
+
+    Attributes:
+        run: its name.
+        n_prompts: prompts run.
+        n_tensors: rows in the index.
+        nbytes: size of all values.
+        stored_nbytes: bytes written, equal contents once.
+        seconds: wall time from the first recorded forward pass to the run being in the catalog.
+        plan: the prediction, None when the model cannot be planned.
+        observer: whether capturing changed the logits, with the largest difference.
+        skipped: sites that could not be stored, with the reason.
+    """
+
+    run: str
+    n_prompts: int
+    n_tensors: int
+    nbytes: int
+    stored_nbytes: int
+    seconds: float
+    plan: Plan | None
+    observer: dict[str, Any]
+    skipped: dict[str, str]
+
+
+def prepare_prompts(trace: Trace, capture: HuggingFaceCapture, config: Any) -> list[EncodedPrompt]:
+    """Encode the prompts of a capture, or take them from its teacher.
+
+    Raises:
+        InputError: there are none, or the model cannot run them.
+    """
+    text = config.get_text_config()
+    if capture.teacher is not None and not capture.prompts:
+        prompts = teacher_prompts(trace.manifest(capture.teacher))
+    else:
+        tokenize = load_tokenizer(capture.source)
+        prompts = encode_prompts(capture.prompts, tokenize, vocabulary=getattr(text, "vocab_size", None))
+        if capture.teacher is not None:
+            prompts = _follow(prompts, trace, capture.teacher)
+    if not prompts:
+        raise InputError("there is no prompt; give --prompt TEXT, --prompts FILE or --teacher RUN")
+    check_lengths(prompts, capture.generation.new_tokens, position_limit(config))
+    return prompts
+
+
+def capture_hugging_face(
+    trace: Trace, capture: HuggingFaceCapture, *, progress: Callable[[str, int, int], None] = lambda *_: None
+) -> CaptureSummary:
+    """Load a model, run it over prompts and record it.
+
+    Args:
+        trace: the trace that receives the run.
+        capture: what to do.
+        progress: called with a stage, steps done and steps in all.
+
+    Raises:
+        SleuthError: an argument cannot be used, or values could not be written.
+    """
+    quiet_transformers()
+    config = load_config(capture.source)
+    prompts = prepare_prompts(trace, capture, config)
+    capture = replace(capture, generation=replace(capture.generation, stop_tokens=stop_tokens(config)))
+    plan, plan_error = try_plan(trace, capture, prompts)
+    progress("load", 0, 1)
+    model = load_model(capture.source, parse_dtype(capture.dtype))
+    facts: dict[str, Any] = {
+        "config": config.to_dict(),
+        "checkpoint_fingerprint": checkpoint_fingerprint(capture.source),
+        "seed": capture.source.seed,
+        "attention": getattr(model.config, "_attn_implementation", None),
+        "teacher": capture.teacher,
+        "generation": {k: v for k, v in asdict(capture.generation).items() if k != "stop_tokens"},
+        "selection": _selection_facts(capture.selection),
+        "plan": plan.as_dict() if plan else {"error": plan_error},
+    }
+    seconds = run_recorded(
+        trace,
+        model,
+        HuggingFaceCausalModel(model),
+        prompts,
+        capture.generation,
+        run=capture.run,
+        role=capture.role,
+        stack="hf",
+        model_name=str(capture.source.path),
+        selection=capture.selection,
+        statistics_only=capture.statistics_only,
+        facts=facts,
+        progress=progress,
+    )
+    return CaptureSummary(
+        run=capture.run,
+        n_prompts=len(prompts),
+        **facts["captured"],
+        seconds=seconds,
+        plan=plan,
+        observer=facts["observer_effect"],
+        skipped=facts["skipped"],
+    )
+
+
+def run_recorded(
+    trace: Trace,
+    model: torch.nn.Module,
+    adapter: CausalModel,
+    prompts: Sequence[EncodedPrompt],
+    generation: Generation,
+    *,
+    run: str,
+    role: str,
+    stack: str,
+    model_name: str,
+    selection: Selection,
+    facts: dict[str, Any],
+    statistics_only: bool = False,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> float:
+    """Run any causal model over prompts as one recorded run; returns the seconds it took.
+
+    The first prefill also runs once without hooks beforehand: the difference of its logits is the observer effect,
+    kept in `facts["observer_effect"]`.
+    """
+    tokens: list[PromptTokens] = []
+    listing = [Prompt(index, p.id, p.text, len(p.token_ids)) for index, p in enumerate(prompts)]
+    batches = list(generation.batches(prompts))
+    with torch.no_grad():
+        progress("forward without hooks", 0, 1)
+        started = time.perf_counter()
+        bare = _prefill_logits(adapter, batches[0], generation)
+        facts["bare_prefill_seconds"] = time.perf_counter() - started
+        started = time.perf_counter()
+        facts["observer_effect"] = {"checked": False}
+        with record(
+            trace,
+            model,
+            run=run,
+            role=role,
+            selection=selection,
+            stack=stack,
+            model_name=model_name,
+            prompts=listing,
+            tokens=lambda: tokens,
+            provenance=facts,
+            statistics_only=statistics_only,
+        ) as recorder:
+            for number, (first, batch) in enumerate(batches):
+                progress("capture", number, len(batches))
+                seen: list[torch.Tensor] = []
+                continuations = run_batch(
+                    adapter,
+                    batch,
+                    first,
+                    generation,
+                    recorder.step,
+                    on_logits=lambda step, logits, seen=seen: seen.append(logits.clone()) if step == 0 else None,  # type: ignore[misc]
+                )
+                if number == 0:
+                    facts["observer_effect"] = _observer_effect(bare, seen[0])
+                tokens.extend(
+                    PromptTokens(
+                        first + row,
+                        (*prompt.token_ids, *continuation),
+                        len(prompt.token_ids) if prompt.forced is not None else None,
+                    )
+                    for row, (prompt, continuation) in enumerate(zip(batch, continuations, strict=True))
+                )
+            progress("store", 0, 1)
+    return time.perf_counter() - started
+
+
+def try_plan(
+    trace: Trace, capture: HuggingFaceCapture, prompts: Sequence[EncodedPrompt]
+) -> tuple[Plan | None, str | None]:
+    """Predict a capture; a model whose forward needs values gives the reason instead."""
+    dtype = parse_dtype(capture.dtype)
+    seeded = replace(capture.source, seed=capture.source.seed or 0)
+
+    def build() -> tuple[torch.nn.Module, CausalModel]:
+        model = load_model(seeded, dtype)
+        return model, HuggingFaceCausalModel(model)
+
+    try:
+        plan = plan_capture(
+            build,
+            prompts,
+            capture.generation,
+            capture.selection,
+            folder=trace.path,
+            dtype=dtype,
+            statistics_only=capture.statistics_only,
+        )
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        return None, f"{type(error).__name__}: {error}"
+    return plan, None
+
+
+def _prefill_logits(
+    adapter: CausalModel, batch: tuple[int, Sequence[EncodedPrompt]], generation: Generation
+) -> torch.Tensor:
+    first, prompts = batch
+    seen: list[torch.Tensor] = []
+    run_batch(
+        adapter,
+        [replace(prompt, forced=()) for prompt in prompts],
+        first,
+        generation,
+        lambda _: nullcontext(),
+        on_logits=lambda _, logits: seen.append(logits.clone()),
+    )
+    return seen[0]
+
+
+def _observer_effect(bare: torch.Tensor, captured: torch.Tensor) -> dict[str, Any]:
+    same = bare.shape == captured.shape and torch.equal(
+        bare.contiguous().view(torch.uint8), captured.contiguous().view(torch.uint8)
+    )
+    difference = float((bare.double() - captured.double()).abs().max()) if bare.shape == captured.shape else None
+    return {"checked": True, "identical": same, "max_abs_difference": difference}
+
+
+def _follow(prompts: Sequence[EncodedPrompt], trace: Trace, teacher: str) -> list[EncodedPrompt]:
+    known = {prompt.token_ids: prompt.forced for prompt in teacher_prompts(trace.manifest(teacher))}
+    for prompt in prompts:
+        if prompt.token_ids not in known:
+            raise InputError(f"prompt {prompt.id!r} was not run by {teacher!r}; leave --prompts out to use its prompts")
+    return [replace(prompt, forced=known[prompt.token_ids]) for prompt in prompts]
+
+
+def _selection_facts(selection: Selection) -> dict[str, Any]:
+    positions = selection.positions
+    return {
+        "include": list(selection.include),
+        "exclude": list(selection.exclude),
+        "layers": sorted(selection.layers) if selection.layers is not None else None,
+        "positions": [positions.start, positions.stop - 1] if positions is not None else None,
+        "inputs": selection.inputs,
+    }
