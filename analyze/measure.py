@@ -93,55 +93,52 @@ def measure(groups: Groups, *, quantiles: bool = True, threads: int | None = Non
     """
     if not groups:
         raise ValueError("nothing to measure: no prompt was given")
-    binning = Binning() if quantiles else None
+    binning = Binning()
+    whole: Sides = (Tally(binning), Tally(binning))
     records: dict[int | None, Measurement] = {}
-    parts: list[tuple[Sums, Sides | None]] = []
+    parts: list[Sums] = []
     with Scanner(threads or os.cpu_count() or 1) as scanner:
         for prompt, triples in groups.items():
-            sums, sides = _first_pass(scanner, reopen(triples), binning)
-            found = None if sides is None else _quantiles(scanner, sums, sides, partial(reopen, triples))
+            sums, sides = _first_pass(scanner, reopen(triples), binning if quantiles else None)
+            found = _quantiles(scanner, sums, sides, partial(reopen, triples)) if quantiles else None
             interval = interval_over_tokens(_token_errors(sums).sums())
             records[prompt] = _record(prompt, sums, interval, found)
-            parts.append((sums, sides))
-        records[None] = _pooled(scanner, groups, parts, records)
+            parts.append(sums)
+            for everything, side in zip(whole, sides, strict=True):
+                everything.absorb(side)
+        if len(parts) == 1:
+            records[None] = replace(next(iter(records.values())), prompt=None, tokens=None)
+            return records
+        total = _pooled(parts)
+        found = _quantiles(scanner, total, whole, partial(_every_triple, groups)) if quantiles else None
+    interval = interval_over_prompts([_token_errors(sums).sums() for sums in parts])
+    records[None] = _record(None, total, interval, found)
     return records
 
 
-def _pooled(
-    scanner: Scanner, groups: Groups, parts: list[tuple[Sums, Sides | None]], records: dict[int | None, Measurement]
-) -> Measurement:
-    """The record over all prompts."""
-    interval = interval_over_prompts([_token_errors(sums).sums() for sums, _ in parts])
-    if len(parts) == 1:
-        (alone,) = records.values()
-        return replace(alone, prompt=None, tokens=None)
-    kinds = {sums.has_baseline for sums, _ in parts if len(sums.positions)}
+def _pooled(parts: list[Sums]) -> Sums:
+    """Sums over all prompts, without the tokens."""
+    kinds = {sums.has_baseline for sums in parts if len(sums.positions)}
     if len(kinds) > 1:
         raise ValueError("some prompts have a baseline and others have none: compare them separately")
-    total = Sums(
-        rows.fold(np.stack([sums.total for sums, _ in parts])),
+    return Sums(
+        rows.fold(np.stack([sums.total for sums in parts])),
         np.zeros((0, rows.TOKEN_COLUMNS)),
         np.zeros(0, np.int64),
         kinds != {False},
     )
-    found = None
-    if (first := parts[0][1]) is not None:
-        whole = (Tally(first[0].binning), Tally(first[1].binning))
-        for _, sides in parts:
-            for sum_of_all, part in zip(whole, sides or (), strict=True):
-                sum_of_all.absorb(part)
-        found = _quantiles(scanner, total, whole, partial(_every_triple, groups))
-    return _record(None, total, interval, found)
 
 
 def _every_triple(groups: Groups) -> Iterator[Triple]:
     return chain.from_iterable(reopen(triples) for triples in groups.values())
 
 
-def _first_pass(scanner: Scanner, triples: Iterable[Triple], binning: Binning | None) -> tuple[Sums, Sides | None]:
+def _first_pass(scanner: Scanner, triples: Iterable[Triple], binning: Binning | None) -> tuple[Sums, Sides]:
     """Sums and, with a binning, the tallies of both errors."""
     if binning is None:
-        return scanner.sums(triples, [ErrorBuffer(None) for _ in range(scanner.threads)]), None
+        nothing = Binning()
+        buffers = [ErrorBuffer(None) for _ in range(scanner.threads)]
+        return scanner.sums(triples, buffers), (Tally(nothing), Tally(nothing))
     whole: Sides = (Tally(binning), Tally(binning))
     parts = [(Tally(binning), Tally(binning)) for _ in range(scanner.threads)]
     buffers = [ErrorBuffer(_counter(*part)) for part in parts]

@@ -69,7 +69,7 @@ class _Counter(Recorder):
         size = tensor.numel() * tensor.element_size()
         self.n_tensors += 1
         self.nbytes += size
-        if self._seen.setdefault(id(tensor), tensor) is tensor and key.phase != "static":
+        if self._seen.setdefault(id(tensor), tensor) is tensor:
             self.stored_nbytes += size
 
     def counts(self) -> tuple[int, int, int]:

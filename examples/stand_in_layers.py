@@ -176,7 +176,8 @@ class Attention(nn.Module):
         scores = query.float() @ self.repeat(key).float().transpose(2, 3) * self.scale
         hidden = ~self.visible(mask, query.shape[2])
         weights = scores.masked_fill(hidden, torch.finfo(torch.float32).min).softmax(-1)
-        return weights.to(value.dtype) @ self.repeat(value)
+        mixed: Tensor = weights.to(value.dtype) @ self.repeat(value)
+        return mixed
 
     def forward(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 FOLDER = Path(stand_in.__file__).parent / "tiny-llama"
-PROMPTS = ("The following functions ", "Return a list of the ", "If the file does not exist, ")
+PROMPTS = [json.loads(line)["text"] for line in (FOLDER / "prompts.jsonl").read_text().splitlines()]
 GENERATED = 16
 LIMIT = 1.2
 
@@ -98,7 +99,9 @@ def record_transformers(dtype: torch.dtype, texts: list[tuple[Tensor, Tensor]]) 
 
 
 @torch.no_grad()
-def record_stand_in(dtype: torch.dtype, texts: list[tuple[Tensor, Tensor]], fault: str | None = None) -> Recording:
+def record_stand_in(
+    dtype: torch.dtype, texts: list[tuple[Tensor, Tensor]], fault: str | None = None, *, decode: bool = True
+) -> Recording:
     model = stand_in.load(FOLDER, dtype, fault)
     recording = record(model)
     for prompt, forced in texts:
@@ -106,7 +109,7 @@ def record_stand_in(dtype: torch.dtype, texts: list[tuple[Tensor, Tensor]], faul
         recording.phase = "prefill"
         cache = model(prompt, torch.arange(length)[None]).cache
         recording.phase = "decode"
-        for step, token in enumerate(forced[0, :-1]):
+        for step, token in enumerate(forced[0, :-1] if decode else []):
             cache = model(token.view(1, 1), torch.tensor([[length + step]]), cache=cache).cache
     return recording
 
@@ -168,7 +171,7 @@ def clean(texts: list[tuple[Tensor, Tensor]], reference: Recording, baseline: Re
 def test_the_model_continues_prompts_with_english_words() -> None:
     model, tokenizer = load_reference(torch.float32), AutoTokenizer.from_pretrained(FOLDER)
     frequent = {"the", "of", "is", "a", "to", "and", "in", "for", "with", "that"}
-    for text in PROMPTS:
+    for text in ("Return True if ", "The value of the ", "This method is called when "):
         prompt = tokenizer(text, return_tensors="pt")
         tokens = model.generate(**prompt, max_new_tokens=80)
         words = re.findall("[a-z]+", tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :]))
@@ -186,8 +189,8 @@ def test_the_tokenizer_maps_bytes_to_ids_and_back() -> None:
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     text = "Zürich: x <= 10\n\ttab"
     ids = tokenizer(text)["input_ids"]
-    assert ids == [tokenizer.bos_token_id, *text.encode()]
-    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert ids == list(text.encode())
+    assert tokenizer.decode(ids) == text
 
 
 def test_cos_and_sin_carry_the_attention_factor() -> None:
@@ -243,7 +246,8 @@ def test_a_fault_first_shows_at_its_site(
     name: str, texts: list[tuple[Tensor, Tensor]], reference: Recording, baseline: Recording
 ) -> None:
     fault = FAULTS[name]
-    sites = compare(reference, baseline, record_stand_in(torch.bfloat16, texts, name))
+    target = record_stand_in(torch.bfloat16, texts, name, decode=fault.phase == "decode")
+    sites = compare(reference, baseline, target)
     first = next((site for site in sites if site.ratio > LIMIT), None)
     assert first is not None
     assert (first.phase, fnmatch(first.name, fault.site)) == (fault.phase, True), first
