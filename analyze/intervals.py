@@ -68,7 +68,7 @@ def _clusters(tokens: FloatArray) -> FloatArray:
     return np.asarray(np.add.reduceat(tokens, starts, axis=0))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _weights(count: int) -> FloatArray:
     """How often each of `count` clusters is drawn in each resample: `float64[RESAMPLES, count]`."""
     generator = np.random.default_rng([_SEED, count])
@@ -79,7 +79,7 @@ def _percentiles(sums: FloatArray) -> tuple[float, float]:
     """Interval from resampled sums `float64[RESAMPLES, 3]`; a resample without any error does not count."""
     reference, baseline, target = np.sqrt(np.maximum(sums, 0.0)).T
     some = (baseline > 0) | (target > 0)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         r = np.where(baseline > 0, target / (baseline + EPSILON * reference), np.inf)[some]
     if len(r) == 0:
         return _NONE

@@ -20,7 +20,7 @@ from . import rows
 from .intervals import interval_over_prompts, interval_over_tokens
 from .moments import NONFINITE, Moments, moments_of
 from .quantiles import PROBABILITIES, QQ, qq_numbers, quantiles_of_sorted
-from .scan import ErrorBuffer, Scanner, Sums
+from .scan import Scanner, Sums
 from .selection import Binning, Selection, Tally
 from .triples import FloatArray, Groups, IntArray, Triple, reopen
 
@@ -80,7 +80,7 @@ def measure(groups: Groups, *, quantiles: bool = True, threads: int | None = Non
         groups: per prompt id, its triples: a sequence, or a callable that opens them anew. They are read several
             times when `quantiles` is set, one at a time.
         quantiles: also compute error quantiles and the numbers that follow from them.
-        threads: for triples of a million elements and more; default: all processors. Smaller ones are read in
+        threads: for triples of two million elements and more; default: all processors. Smaller ones are read in
             the calling thread.
 
     Returns:
@@ -137,11 +137,10 @@ def _first_pass(scanner: Scanner, triples: Iterable[Triple], binning: Binning | 
     """Sums and, with a binning, the tallies of both errors."""
     if binning is None:
         nothing = Binning()
-        buffers = [ErrorBuffer(None) for _ in range(scanner.threads)]
-        return scanner.sums(triples, buffers), (Tally(nothing), Tally(nothing))
+        return scanner.sums(triples, scanner.buffers([None] * scanner.threads)), (Tally(nothing), Tally(nothing))
     whole: Sides = (Tally(binning), Tally(binning))
     parts = [(Tally(binning), Tally(binning)) for _ in range(scanner.threads)]
-    buffers = [ErrorBuffer(_counter(*part)) for part in parts]
+    buffers = scanner.buffers([_counter(*part) for part in parts])
     sums = scanner.sums(triples, buffers)
     for buffer, part in zip(buffers, parts, strict=True):
         for side in (0, 1):

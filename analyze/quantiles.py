@@ -99,8 +99,9 @@ def qq_numbers(baseline: FloatArray, target: FloatArray, baseline_std: float) ->
     slope = intercept = float("nan")
     if distinct.any():
         rise = t[second] - t[first]
-        slope = float(np.median(rise[distinct] / run[distinct]))
-        intercept = ratio(float(np.median(t - slope * b)), baseline_std)
+        with np.errstate(over="ignore", invalid="ignore"):  # a slope beyond float64 is inf, its intercept NaN
+            slope = float(np.median(rise[distinct] / run[distinct]))
+            intercept = ratio(float(np.median(t - slope * b)), baseline_std)
     return QQ(
         slope, intercept, ratio(wasserstein(baseline, target), baseline_std), kolmogorov_smirnov(baseline, target)
     )

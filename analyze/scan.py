@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,7 +16,7 @@ from .triples import FloatArray, IntArray, Operands, Triple, operands
 Take = Callable[[FloatArray, FloatArray], None]
 
 _SLAB = 4096  # rows whose sums are held before they are folded (750 KB)
-_SPLIT = 1 << 20  # elements from which a triple is shared between threads
+_SPLIT = 1 << 21  # elements from which a triple is shared between threads; below, waking them costs too much
 _NO_SUMS = np.zeros((0, rows.COLUMNS))
 _NO_ERRORS = np.zeros((2, 0))
 
@@ -24,8 +24,8 @@ _NO_ERRORS = np.zeros((2, 0))
 class ErrorBuffer:
     """Collects `HELD` pairs of errors, hands them to `take`, and starts over."""
 
-    def __init__(self, take: Take | None) -> None:
-        self.errors = _NO_ERRORS if take is None else np.empty((2, HELD))
+    def __init__(self, errors: FloatArray, take: Take | None) -> None:
+        self.errors = errors
         self.filled = 0
         self.take = take
 
@@ -61,6 +61,7 @@ class Scanner:
         self.threads = threads
         self._read = kernels.read_rows
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        self._errors = [np.empty((2, HELD)) for _ in range(threads)]  # reused: fresh memory costs page faults
 
     def __enter__(self) -> Scanner:
         return self
@@ -70,6 +71,13 @@ class Scanner:
     ) -> None:
         if self._pool is not None:
             self._pool.shutdown()
+
+    def buffers(self, takes: Sequence[Take | None]) -> list[ErrorBuffer]:
+        """One buffer per thread, of memory that the next call hands out again; None drops the errors."""
+        return [
+            ErrorBuffer(_NO_ERRORS if take is None else errors, take)
+            for errors, take in zip(self._errors, takes, strict=True)
+        ]
 
     def sums(self, triples: Iterable[Triple], buffers: list[ErrorBuffer]) -> Sums:
         """First pass: sums of every row; errors go through the buffers, one per thread.
@@ -105,7 +113,7 @@ class Scanner:
 
     def errors(self, triples: Iterable[Triple], take: Take) -> None:
         """Later pass: only the errors, in chunks and in any order; `take` is called from several threads."""
-        buffers = [ErrorBuffer(take) for _ in range(self.threads)]
+        buffers = self.buffers([take] * self.threads)
         for triple in triples:
             self._each_part(operands(triple), buffers, self._errors_only)
         for buffer in buffers:

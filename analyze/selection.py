@@ -53,16 +53,16 @@ class Binning:
                 self._base = max(octave - _OCTAVES * 3 // 4 + 1023, 0) * (1 << _MANTISSA) - 1
             return self._base
 
-    def keys(self, index: int) -> tuple[int, int]:
-        """The half-open interval of ordered keys that a bin covers."""
+    def keys(self, bins: IntArray) -> tuple[IntArray, IntArray]:
+        """Lows and highs of the half-open intervals of ordered keys that bins cover."""
         half = _BINS // 2
-        step = abs(index - half)
-        if step == 0:
-            return 0, 1
-        low = 1 if step == 1 else (self.base() + step) << _SHIFT
-        high = _KEY_END if step == half - 1 else (self.base() + step + 1) << _SHIFT
-        low, high = max(low, 1), max(min(high, _KEY_END), 2)
-        return (low, high) if index > half else (1 - high, 1 - low)
+        steps = np.abs(bins - half)
+        prefixes = np.minimum(self.base() + steps, _KEY_END >> _SHIFT)
+        lows = np.where(steps <= 1, steps, np.maximum(prefixes << _SHIFT, 1))
+        highs = np.where(steps == half - 1, _KEY_END, np.clip(prefixes + 1 << _SHIFT, 2, _KEY_END))
+        highs = np.where(steps == 0, 1, highs)
+        positive = bins >= half
+        return np.where(positive, lows, 1 - highs), np.where(positive, highs, 1 - lows)
 
 
 @dataclass
@@ -91,7 +91,9 @@ class Tally:
         for values in other.held:
             self.hold(values)
         if other.counts is not None:
-            self.counts = other.counts.copy() if self.counts is None else self.counts + other.counts
+            if self.counts is None:
+                self.counts = np.zeros(_BINS, np.int64)
+            self.counts += other.counts
 
     def settle(self) -> FloatArray | None:
         """All values, sorted, if they were few; None if they were counted."""
@@ -120,9 +122,7 @@ class Selection:
         self._ranks = np.unique(np.concatenate([self._low_rank, self._high_rank]))
         ends = np.cumsum(tally.counts)
         bins = np.unique(np.searchsorted(ends, self._ranks, side="right"))
-        spans = [tally.binning.keys(int(index)) for index in bins]
-        self._lows = np.array([low for low, _ in spans])
-        self._highs = np.array([high for _, high in spans])
+        self._lows, self._highs = tally.binning.keys(bins)
         self._sizes: IntArray = tally.counts[bins]
         self._before: IntArray = ends[bins] - self._sizes
         self._wanted: ByteArray = np.zeros(_BINS, np.uint8)
@@ -141,14 +141,14 @@ class Selection:
         return self._mode != "done"
 
     def take(self, values: FloatArray) -> None:
+        """Take in some of the values; their array is used as working memory."""
         from .selection_kernels import collect, subdivide
 
         if self._mode == "collect":
             lows = self._lows[self._open] if self._refined else self._lows[:0]
             highs = self._highs[self._open]
-            out = np.empty_like(values)
-            kept = collect(values, self._base, _SHIFT, self._wanted, lows, highs, out)
-            self._collected.append(out[:kept].copy())
+            kept = collect(values, self._base, _SHIFT, self._wanted, lows, highs)
+            self._collected.append(values[:kept].copy())
         elif self._mode == "subdivide":
             lows, highs = self._lows[self._open], self._highs[self._open]
             with self._lock:

@@ -50,10 +50,8 @@ def _slot(value: float, lows: IntArray, highs: IntArray) -> int:
 
 
 @compiled
-def collect(
-    values: FloatArray, base: int, shift: int, wanted: ByteArray, lows: IntArray, highs: IntArray, out: FloatArray
-) -> int:
-    """Copy the values that lie in wanted bins and, if `lows` is not empty, in an interval of keys."""
+def collect(values: FloatArray, base: int, shift: int, wanted: ByteArray, lows: IntArray, highs: IntArray) -> int:
+    """Move the values that lie in wanted bins and, if `lows` is not empty, in an interval of keys, to the front."""
     bins = np.empty(_BLOCK, np.int64)
     kept = 0
     for start in range(0, values.shape[0], _BLOCK):
@@ -62,12 +60,12 @@ def collect(
         if lows.shape[0] == 0:
             for i in range(stop - start):
                 if wanted[bins[i]]:
-                    out[kept] = values[start + i]
+                    values[kept] = values[start + i]
                     kept += 1
         else:
             for i in range(stop - start):
                 if wanted[bins[i]] and _slot(values[start + i], lows, highs) >= 0:
-                    out[kept] = values[start + i]
+                    values[kept] = values[start + i]
                     kept += 1
     return kept
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from ..store.errors import InputError
 from ..store.manifest import Prompt, PromptTokens
+from ..store.progress import Progress, no_progress
 from ..store.trace import Trace
 from .generate import CausalModel, Generation, run_batch
 from .hf import (
@@ -107,7 +108,7 @@ def prepare_prompts(trace: Trace, capture: HuggingFaceCapture, config: Any) -> l
 
 
 def capture_hugging_face(
-    trace: Trace, capture: HuggingFaceCapture, *, progress: Callable[[str, int, int], None] = lambda *_: None
+    trace: Trace, capture: HuggingFaceCapture, *, progress: Progress = no_progress
 ) -> CaptureSummary:
     """Load a model, run it over prompts and record it.
 
@@ -176,7 +177,7 @@ def run_recorded(
     selection: Selection,
     facts: dict[str, Any],
     statistics_only: bool = False,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Progress = no_progress,
 ) -> float:
     """Run any causal model over prompts as one recorded run; returns the seconds it took.
 

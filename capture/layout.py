@@ -8,7 +8,7 @@ tensor per prompt that holds real positions only: padding is never stored and ne
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -145,7 +145,9 @@ def cut(
         real = _last(row) if only_last else row
         part = _keep(real, positions)
         if part is not None:
-            yield _cut_row(tensor, dims, layout, part, only_last)
+            found = _cut_row(tensor, dims, layout, part, only_last)
+            # A few positions must not keep the whole tensor in memory while they wait to be written.
+            yield replace(found, values=found.values.clone()) if part.count < real.count else found
 
 
 def _last(row: Row) -> Row:

@@ -24,6 +24,8 @@ from ..store.errors import CaptureError, UnsupportedDtypeError
 
 #: How many references are remembered to recognise a tensor that is captured again at once.
 _RECENT = 8
+#: Arguments that batch normalisation overwrites in training although its schema does not say so.
+_UNMARKED_WRITES = {"running_mean", "running_var"}
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NATIVE = {torch.float32, torch.float64, torch.float16, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool}
 _NATIVE |= {torch.uint8, torch.complex64, torch.complex128}
@@ -38,6 +40,11 @@ def check_storable(tensor: torch.Tensor) -> None:
     dtype_named(str(tensor.dtype).removeprefix("torch."))
     if tensor.layout is not torch.strided:
         raise UnsupportedDtypeError(f"layout {tensor.layout} cannot be stored; capture the dense tensor")
+
+
+def is_storable(tensor: torch.Tensor) -> bool:
+    """Whether `check_storable` accepts a tensor."""
+    return str(tensor.dtype).removeprefix("torch.") in NUMPY_DTYPES and tensor.layout is torch.strided
 
 
 def to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
@@ -93,17 +100,22 @@ class PendingTensor:
             tensor = self._tensor
             if tensor is None:
                 raise CaptureError("a captured tensor was read after it had been released")
-            array = to_numpy(tensor)
             try:
-                yield array
+                self._check_unchanged(tensor)
+                yield to_numpy(tensor)
+                self._check_unchanged(tensor)
             finally:
-                unchanged = version_of(tensor) == self._version
                 self._uses -= 1
                 if self._uses == 0:
                     self._tensor = None
                     self._guard.unwatch(self._storage, self)
-            if not unchanged:
-                raise CaptureError("a captured tensor was overwritten behind torch's dispatcher before it was stored")
+
+    def _check_unchanged(self, tensor: torch.Tensor) -> None:
+        if version_of(tensor) != self._version:
+            raise CaptureError(
+                "a captured tensor was overwritten behind torch's dispatcher before it was stored; "
+                "exclude the module that does so, or clone what it returns"
+            )
 
     def snapshot(self) -> None:
         """Copy the values now: their memory is about to be overwritten."""
@@ -113,17 +125,22 @@ class PendingTensor:
                 self._version = version_of(self._tensor)
 
 
-class WriteGuard(TorchDispatchMode):
+class WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Dispatch mode that snapshots waiting tensors before an operator writes into their memory."""
 
     def __init__(self) -> None:
         """Nothing is watched at first."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._watched: dict[int, set[PendingTensor]] = {}
         self._lock = threading.Lock()
         self._written: dict[Any, tuple[tuple[int, str], ...]] = {}
         self._recent: OrderedDict[tuple[Any, ...], tuple[torch.Tensor, PendingTensor]] = OrderedDict()
         self.n_snapshots = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Do without torch's wrapper around the handler: it costs more than the handler, for every operator."""
+        return False
 
     def reference(self, tensor: torch.Tensor) -> PendingTensor:
         """Reference a tensor; the same unchanged view seen again shortly afterwards gives the same reference.
@@ -134,7 +151,8 @@ class WriteGuard(TorchDispatchMode):
         version = version_of(tensor)
         if version is None or tensor.layout is not torch.strided:
             return PendingTensor(tensor, self)
-        identity = (tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        lazy = (tensor.is_conj(), tensor.is_neg())
+        identity = (tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, lazy)
         found = self._recent.get(identity)
         if found is None:
             found = self._recent[identity] = tensor, PendingTensor(tensor, self)
@@ -184,7 +202,7 @@ class WriteGuard(TorchDispatchMode):
         for identity in [key for key, (tensor, _) in self._recent.items() if storage_of(tensor) == storage]:
             del self._recent[identity]
         with self._lock:
-            waiting = list(self._watched.get(storage, ()))
+            waiting = self._watched.pop(storage, ())
         for pending in waiting:
             pending.snapshot()
             self.n_snapshots += 1
@@ -205,5 +223,5 @@ def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
     return tuple(
         (index, argument.name)
         for index, argument in enumerate(arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
+        if (argument.alias_info is not None and argument.alias_info.is_write) or argument.name in _UNMARKED_WRITES
     )

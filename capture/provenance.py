@@ -14,7 +14,7 @@ import torch
 import xxhash
 
 from .. import __version__
-from .pending import to_numpy
+from .pending import is_storable, to_numpy
 
 _PACKAGES = ("torch", "transformers", "numpy", "h5py", "duckdb", "safetensors")
 
@@ -38,16 +38,16 @@ def environment() -> dict[str, Any]:
 def weights_fingerprint(model: torch.nn.Module) -> str:
     """XXH3-128 over the names, dtypes, shapes and bytes of all parameters and buffers, by name.
 
-    Two runs with equal fingerprints computed with the same weights. Tensors that have no values (meta) count by
-    name and shape.
+    Two runs with equal fingerprints computed with the same weights. Tensors that have no values (meta) or whose
+    bits the shards cannot hold count by name, dtype and shape.
     """
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):
         if not isinstance(tensor, torch.Tensor):
             continue
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        if not tensor.is_meta and tensor.numel():
-            digest.update(np.ascontiguousarray(to_numpy(tensor)).reshape(-1).view(np.uint8))
+        if not tensor.is_meta and tensor.numel() and is_storable(tensor):
+            digest.update(to_numpy(tensor).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

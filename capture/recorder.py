@@ -138,7 +138,7 @@ class Recorder:
 
     def _record(self, path: str, port: str, call: int, value: Any) -> None:
         layout = self._layout
-        phase, step = (layout.phase, layout.step) if layout else ("forward", self.n_forwards - 1)
+        phase, step = (layout.phase, layout.step) if layout else ("forward", max(self.n_forwards - 1, 0))
         last_only = path == "" or path.rpartition(".")[2] == "lm_head"
         order = self._order
         self._order += 1
@@ -229,20 +229,24 @@ def record(
     )
     recorder: Recorder
 
-    def current(status: str = "running") -> RunManifest:
-        return dataclasses.replace(manifest, status=status, tokens=tuple(tokens()), modules=recorder.modules())
+    status = "running"
+
+    def current() -> RunManifest:
+        # The writer thread calls this too, while the caller goes on filling the facts: they are copied at once.
+        return dataclasses.replace(
+            manifest, status=status, provenance=dict(facts), tokens=tuple(tokens()), modules=recorder.modules()
+        )
 
     writer = RunWriter(
         trace.run_folder(run),
         run,
         rank=rank,
         statistics_only=statistics_only,
-        manifest=lambda: current("complete").to_json(),
+        manifest=lambda: current().to_json(),
         shard_bytes=shard_bytes,
         queue_bytes=queue_bytes,
     )
     recorder = Recorder(model, writer, selection or Selection())
-    status = "failed"
     try:
         facts["weights_fingerprint"] = weights_fingerprint(model)
         facts["statistics_only"] = statistics_only
@@ -252,8 +256,9 @@ def record(
             yield recorder
         status = "complete"
     finally:
+        status = "failed" if status == "running" else status
         recorder.detach()
-        _finish(trace, writer, recorder, facts, lambda: current(status))
+        _finish(trace, writer, recorder, facts, current)
 
 
 def _finish(

@@ -1,8 +1,8 @@
 """Train the byte-level Llama in ``tiny-llama/`` on the prose that ships with Python.
 
 The text is the language reference in :mod:`pydoc_data.topics`, the docstrings of the standard library and the Zen
-of Python: English, present wherever Python is, and fixed for one Python release. A run is determined by the seed,
-the Python release and the number of threads::
+of Python: English, present wherever Python is, and fixed for one Python release. On one kind of CPU a run is
+determined by the seed, the Python release and the number of threads::
 
     python -m tensorsleuth.examples.train_tiny_llama --steps 2400 --out tiny-llama
 

@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,8 @@ _HOLDER = re.compile(r"PID (\d+)")
 
 
 @contextmanager
-def reading(path: Path, *, timeout: float = LOCK_TIMEOUT) -> Iterator[Any]:
-    """A read-only connection without access to the file system or network.
+def reading(path: Path, *, timeout: float = LOCK_TIMEOUT, external_access: bool = False) -> Iterator[Any]:
+    """A read-only connection, without access to the file system or network unless `external_access` is set.
 
     Raises:
         TraceNotFoundError: there is no catalog.
@@ -61,7 +62,8 @@ def reading(path: Path, *, timeout: float = LOCK_TIMEOUT) -> Iterator[Any]:
     connection = _connect(path, read_only=True, timeout=timeout)
     try:
         _check_version(connection, path)
-        connection.execute("SET enable_external_access = false")
+        if not external_access:
+            connection.execute("SET enable_external_access = false")
         connection.execute("SET python_enable_replacements = false")
         yield connection
     finally:
@@ -72,17 +74,16 @@ def reading(path: Path, *, timeout: float = LOCK_TIMEOUT) -> Iterator[Any]:
 def writing(path: Path, *, timeout: float = LOCK_TIMEOUT) -> Iterator[Any]:
     """A writing connection inside one transaction: committed on success, rolled back on an exception.
 
-    The catalog is created if it does not exist.
+    The catalog is created if it does not exist, or is empty because its first writer died.
 
     Raises:
         CatalogLockedError: another process held the catalog for longer than the timeout.
         FormatError: the catalog has an unknown schema version.
     """
-    new = not path.exists()
     connection = _connect(path, read_only=False, timeout=timeout)
     try:
         connection.execute("BEGIN")
-        if new:
+        if not connection.execute("SELECT count(*) FROM duckdb_tables()").fetchone()[0]:
             create_tables(connection)
         _check_version(connection, path)
         yield connection
@@ -146,6 +147,14 @@ def ingest_run(connection: Any, folder: Path, manifest: RunManifest, shards: lis
     return n_tensors
 
 
+def forget_comparison(connection: Any, comparison: str) -> None:
+    """Delete a comparison with everything that was measured for it."""
+    for table in COMPARISON_TABLES:
+        key = "mapping" if table in ("mappings", "mapping_entries") else "comparison"
+        if table != "calibrations":
+            connection.execute(f"DELETE FROM {table} WHERE {key} = ?", [comparison])  # noqa: S608 (fixed names)
+
+
 def rank_of(shard: Path) -> int:
     """The rank that wrote a shard, from its file name."""
     match = re.fullmatch(r"rank(\d+)-(\d+)\.h5", shard.name)
@@ -168,7 +177,7 @@ def _insert_manifest(connection: Any, manifest: RunManifest) -> None:
     import json
 
     connection.execute(
-        "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?::TIMESTAMPTZ::TIMESTAMP, ?)",
+        "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         [
             manifest.run,
             manifest.ordinal,
@@ -179,7 +188,7 @@ def _insert_manifest(connection: Any, manifest: RunManifest) -> None:
             manifest.device,
             manifest.tp,
             manifest.status,
-            manifest.created_at,
+            datetime.fromisoformat(manifest.created_at).astimezone(timezone.utc).replace(tzinfo=None),
             json.dumps(manifest.provenance, ensure_ascii=False),
         ],
     )

@@ -93,4 +93,6 @@ def by_position(array: npt.NDArray[Any], dims: str) -> npt.NDArray[Any]:
         return array.reshape(1, array.size)
     positions = array.shape[axis]
     features = math.prod(length for index, length in enumerate(array.shape) if index != axis)
-    return np.moveaxis(array, axis, 0).reshape(positions, features)
+    if any(length != 1 for length in array.shape[:axis]):
+        array = np.moveaxis(array, axis, 0)
+    return array.reshape(positions, features)

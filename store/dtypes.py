@@ -67,7 +67,6 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "complex128": np.dtype(np.complex128),
 }
 _NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
-_BITS = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
 
 
 def dtype_named(name: str) -> np.dtype[Any]:
@@ -105,17 +104,10 @@ def hdf5_type(name: str) -> Any:
     layout = _FLOAT_LAYOUTS.get(name)
     if layout is None:
         dtype = dtype_named(name)
-        return h5t.py_create(_BITS[1] if name == "float8_e8m0fnu" else dtype, logical=True)
+        return h5t.py_create(np.dtype(np.uint8) if name == "float8_e8m0fnu" else dtype, logical=True)
     base = h5t.IEEE_F32LE.copy()
     base.set_fields(layout.sign, layout.exponent, layout.exponent_bits, 0, layout.mantissa_bits)
     base.set_size(layout.nbytes)
     base.set_ebias(layout.bias)
     base.lock()
     return base
-
-
-def as_bits(array: Array) -> Array:
-    """The same memory as unsigned integers (complex dtypes as pairs are left as they are)."""
-    if array.dtype.kind == "c":
-        return array
-    return array.view(_BITS[array.dtype.itemsize])

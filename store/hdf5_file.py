@@ -57,7 +57,7 @@ def write_at(fd: int, values: npt.NDArray[Any], offset: int) -> None:
     Raises:
         OSError: the operating system refused, for example because the disk is full.
     """
-    view = memoryview(values.reshape(-1).view(np.uint8))
+    view = values.reshape(-1).view(np.uint8).data
     while len(view):
         written = os.pwrite(fd, view, offset)
         view = view[written:]

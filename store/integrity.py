@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from .hdf5_file import create_file, create_tensor, creation_properties, seal, sy
 from .index import NO_DATASET, SCHEMA
 from .journal import read_journal
 from .manifest import RunManifest, read_manifest, write_manifest
+from .progress import Progress, no_progress
 from .shard_reader import ShardReader, read_seal
 from .shard_writer import partial_path
 from .trace import Trace, is_locked
 
 _COLUMN = {name: index for index, name in enumerate(SCHEMA.names)}
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Salvage:
     note: str
 
 
-def verify(trace: Trace, *, progress: Progress = lambda _: None) -> Verification:
+def verify(trace: Trace, *, progress: Progress = no_progress) -> Verification:
     """Check every manifest, every index and the bytes of every tensor against their checksums."""
     problems: list[str] = []
     n_shards = n_tensors = nbytes = 0
@@ -79,7 +79,7 @@ def verify(trace: Trace, *, progress: Progress = lambda _: None) -> Verification
     return Verification(len(trace.run_names()), n_shards, n_tensors, nbytes, tuple(problems))
 
 
-def repair(trace: Trace, *, progress: Progress = lambda _: None) -> list[Salvage]:
+def repair(trace: Trace, *, progress: Progress = no_progress) -> list[Salvage]:
     """Salvage every tensor that a dead process had acknowledged, and enter the runs into the catalog.
 
     Runs that a live process is writing are left alone. Damaged tensors (none is expected) are dropped, never

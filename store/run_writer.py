@@ -157,8 +157,8 @@ class RunWriter:
             while (item := self._next()) is not None:
                 self._store(*item)
             self._seal()
-        except (OSError, SleuthError, ValueError, RuntimeError) as error:
-            # HDF5 reports a full disk as RuntimeError or ValueError. The producer raises it on its next call.
+        except Exception as error:  # noqa: BLE001 (the producer raises it on its next call; silence would block it)
+            # HDF5 reports a full disk as RuntimeError or ValueError.
             self._error = error if not isinstance(error, (ValueError, RuntimeError)) else _as_os_error(error)
             if self._shard is not None:
                 self._shard.abandon()

@@ -58,7 +58,8 @@ CREATE TABLE coverage (
     comparison VARCHAR NOT NULL, site VARCHAR NOT NULL, phase VARCHAR NOT NULL, exec_order INTEGER NOT NULL,
     status VARCHAR NOT NULL, reason VARCHAR NOT NULL);
 
--- One row per site and phase, over all prompts (prompt NULL) and per prompt. See docs/sql.md for every column.
+-- One row per pair of sites and phase, over all prompts (prompt NULL) and per prompt. exec_order is the place in
+-- dataflow order: of the reference, then of the target. See docs/sql.md for every column.
 CREATE TABLE measurements (
     comparison VARCHAR NOT NULL, measurement INTEGER NOT NULL, site VARCHAR NOT NULL, target_site VARCHAR NOT NULL,
     module VARCHAR NOT NULL, port VARCHAR NOT NULL, slot VARCHAR NOT NULL, call INTEGER NOT NULL,

@@ -68,7 +68,7 @@ class ShardReader:
             return xxhash.xxh3_128_hexdigest(b"")
         if offset < 0 or offset + nbytes > len(self._bytes):
             raise IntegrityError(f"shard {self.path} is truncated at byte {len(self._bytes)}")
-        return xxhash.xxh3_128_hexdigest(self._bytes[offset : offset + nbytes])
+        return xxhash.xxh3_128_hexdigest(self._bytes[offset : offset + nbytes].data)
 
     def release_pages(self) -> None:
         """Tell the kernel that the mapped pages are not needed soon (keeps resident memory flat)."""

@@ -70,7 +70,7 @@ def content_of(array: npt.NDArray[Any]) -> Content:
         UnsupportedDtypeError: the dtype cannot be stored bit for bit.
     """
     dtype = dtype_name(array.dtype)
-    raw = array.reshape(-1).view(np.uint8) if array.size else b""
+    raw = array.reshape(-1).view(np.uint8).data if array.size else b""
     return Content(xxhash.xxh3_128_digest(raw), dtype, statistics_of(array))
 
 

@@ -67,7 +67,7 @@ def _block_with_nonfinite(values: Any, bits: Any, shift: float, state: Any, coun
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _first_finite(values: Any) -> float:
+def _first_finite(values: Any) -> Any:
     for value in values:
         if np.isfinite(value):
             return np.float64(value)

@@ -9,16 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 import pyarrow as pa
 
 from . import catalog
-from .errors import InputError, RunExistsError, TraceNotFoundError
+from .errors import CatalogLockedError, InputError, RunExistsError, TraceNotFoundError
 from .index import NO_DATASET
 from .manifest import RunManifest, check_run_name, read_manifest, write_manifest
 from .shard_reader import ShardReader
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _RUNS = "runs"
 _OPEN_SHARDS = 16
@@ -61,10 +64,10 @@ class Trace:
     def __init__(self, path: Path) -> None:
         """Use `Trace.open` or `Trace.create`."""
         self.path = path
-        self._readers: OrderedDict[Path, ShardReader] = OrderedDict()
+        self._readers: OrderedDict[str, ShardReader] = OrderedDict()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Trace:
+    def open(cls, path: str | os.PathLike[str]) -> Self:
         """Open an existing trace.
 
         Raises:
@@ -78,7 +81,7 @@ class Trace:
         return cls(folder)
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str]) -> Trace:
+    def create(cls, path: str | os.PathLike[str]) -> Self:
         """Open a trace, making an empty one if the folder is new or empty.
 
         Raises:
@@ -159,7 +162,12 @@ class Trace:
             CatalogLockedError: the catalog is held; the run is safe, `sleuth index` enters it later.
         """
         write_manifest(self.run_folder(manifest.run), manifest)
-        return self.ingest(manifest.run, timeout=timeout)
+        try:
+            return self.ingest(manifest.run, timeout=timeout)
+        except CatalogLockedError as error:
+            raise CatalogLockedError(
+                f"{error}; run {manifest.run!r} is safe on disk: enter it later with 'sleuth index {self.path}'"
+            ) from error
 
     def ingest(self, run: str, *, timeout: float = catalog.LOCK_TIMEOUT) -> int:
         """Enter a run on disk into the catalog, replacing what was there under its name."""
@@ -241,21 +249,19 @@ class Trace:
         Raises:
             IntegrityError: the shard is missing or truncated.
         """
-        return self._reader(self.path / shard).array(dtype, shape, offset, nbytes)
+        return self._reader(shard).array(dtype, shape, offset, nbytes)
 
     def release_pages(self) -> None:
         """Drop mapped pages from resident memory; views stay valid and read again when used."""
         for reader in self._readers.values():
             reader.release_pages()
 
-    def _reader(self, path: Path) -> ShardReader:
-        reader = self._readers.get(path)
+    def _reader(self, shard: str) -> ShardReader:
+        reader = self._readers.get(shard)
         if reader is None:
-            reader = self._readers[path] = ShardReader(path)
+            reader = self._readers[shard] = ShardReader(self.path / shard)
             if len(self._readers) > _OPEN_SHARDS:
                 self._readers.popitem(last=False)
-        else:
-            self._readers.move_to_end(path)
         return reader
 
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import duckdb
 
 from . import catalog
-from .errors import InputError, IntegrityError, RunExistsError, SleuthError
+from .errors import FormatError, InputError, IntegrityError, RunExistsError, SleuthError
 from .integrity import verify_shard
 from .manifest import check_run_name, write_manifest
+from .progress import Progress, no_progress
 from .trace import Trace
 
-Progress = Callable[[str], None]
 
-
-def index(trace: Trace, *, rebuild: bool = False, progress: Progress = lambda _: None) -> dict[str, int]:
+def index(trace: Trace, *, rebuild: bool = False, progress: Progress = no_progress) -> dict[str, int]:
     """Enter runs on disk into the catalog: those it lacks, or, when rebuilding, all of them into a new one.
 
     A rebuilt catalog keeps the comparisons of the old one if that can still be read.
@@ -84,7 +83,7 @@ def merge(
     *,
     runs: Sequence[str] = (),
     prefix: str = "",
-    progress: Progress = lambda _: None,
+    progress: Progress = no_progress,
 ) -> dict[str, int]:
     """Copy runs of a trace captured elsewhere, verifying every checksum on the way.
 
@@ -133,7 +132,7 @@ def _keep_comparisons(connection: duckdb.DuckDBPyConnection, old: Path) -> None:
     try:
         with catalog.reading(old) as source:
             kept = {table: source.table(table).to_arrow_table() for table in catalog.COMPARISON_TABLES}
-    except (SleuthError, duckdb.Error):
+    except (FormatError, duckdb.Error):
         return
     for table, rows in kept.items():
         catalog.insert(connection, table, rows)
@@ -144,6 +143,7 @@ def _wait_until_unlocked(path: Path) -> None:
     if path.exists():
         try:
             with catalog.writing(path):
-                return
-        except SleuthError:
-            return
+                pass
+        except FormatError:
+            pass
+    path.with_suffix(".duckdb.wal").unlink(missing_ok=True)

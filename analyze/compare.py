@@ -1,0 +1,315 @@
+"""Comparing runs: map the sites, align the tensors, measure, judge, and keep it all in the catalog."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..store import catalog
+from ..store.errors import InputError
+from ..store.progress import Progress, no_progress
+from ..store.trace import Trace
+from .align import AlignedSite, PromptPair, Stored, align, load_sites, match_prompts
+from .doubts import doubts_about
+from .mapping import Gap, Pair, SiteMapping, map_by_name
+from .measure import measure
+from .moments import NONFINITE
+from .results import Judged, ResultWriter
+from .sites import Site, SiteInfo, sites_of
+from .sql_library import install
+from .verdict import FAIL, SHAPE_MISMATCH, Thresholds, overall_verdict, site_verdict
+
+#: Index rows of the reference that are held at once (its sites are loaded in chunks of about this size).
+_CHUNK_TENSORS = 4096
+
+
+@dataclass(frozen=True)
+class ComparisonRequest:
+    """What to compare.
+
+    Attributes:
+        reference: run that is the ground truth (FP32).
+        target: run under test.
+        baseline: the reference's model in the target's precision; None compares two runs by relative L2.
+        name: name of the comparison; the target's name by default.
+        thresholds: limits for the verdicts.
+        include: globs over reference module paths to compare; all by default.
+        exclude: globs over reference module paths to leave out.
+    """
+
+    reference: str
+    target: str
+    baseline: str | None = None
+    name: str | None = None
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    @property
+    def comparison(self) -> str:
+        """Name under which results are stored."""
+        return self.name or self.target
+
+
+@dataclass(frozen=True)
+class ComparisonSummary:
+    """Outcome of a comparison; everything else is in the catalog."""
+
+    comparison: str
+    verdict: str
+    reasons: tuple[str, ...]
+    n_matched: int
+    n_unmatched: int
+    n_skipped: int
+    n_measurements: int
+
+
+@dataclass(frozen=True)
+class _Covered:
+    """A pair and how much of it could be compared."""
+
+    pair: Pair
+    phases: tuple[str, ...]
+    n_compared: int
+    n_expected: int
+
+
+def compare(trace: Trace, request: ComparisonRequest, *, progress: Progress = no_progress) -> ComparisonSummary:
+    """Compare runs of a trace site by site; results replace an earlier comparison of the same name.
+
+    Tensors are mapped from the shards and measured piece by piece, so memory does not grow with the trace.
+
+    Raises:
+        TraceNotFoundError: a run does not exist.
+        InputError: the request contradicts itself.
+        IntegrityError: a shard is damaged.
+    """
+    _check(request)
+    reference, target = sites_of(trace, request.reference), sites_of(trace, request.target)
+    mapping = map_by_name(reference, target, include=request.include, exclude=request.exclude)
+    if request.baseline is not None:
+        mapping = _with_baseline(mapping, sites_of(trace, request.baseline))
+    prompts = match_prompts(trace, request.reference, request.baseline, request.target)
+    chunks = _chunks(mapping.pairs, {info.site: info.n_tensors for info in reference})
+    covered: list[_Covered] = []
+    verdicts: list[str] = []
+    with ResultWriter(trace.path, request.comparison) as results:
+        for number, (pair, aligned, expected) in enumerate(_aligned_pairs(trace, request, chunks, prompts)):
+            progress(pair.reference.name, number, len(mapping.pairs))
+            rows = list(_judge(pair, number, aligned, request.thresholds))
+            verdicts.extend(row.verdict for row in rows if row.prompt is None)
+            results.add(rows)
+            trace.release_pages()
+            compared = sum(site.n_positions for phase in aligned.values() for site in phase.values())
+            covered.append(_Covered(pair, tuple(aligned), compared, expected))
+        matched = [item for item in covered if item.n_compared > 0]
+        paired = {item.pair.reference for item in matched}
+        gaps = [*mapping.gaps, *(_empty(item) for item in covered if item.pair.reference not in paired)]
+        unmatched = [gap for gap in gaps if gap.status == "unmatched"]
+        doubts = doubts_about(trace, request.reference, request.baseline, request.target, prompts)
+        doubts += _partly_compared(matched)
+        verdict, reasons = overall_verdict(verdicts, len(unmatched), doubts)
+        summary = ComparisonSummary(
+            request.comparison,
+            verdict,
+            tuple(reasons),
+            len(paired),
+            len(unmatched),
+            len(gaps) - len(unmatched),
+            results.n_measurements,
+        )
+        with catalog.writing(trace.catalog_path) as connection:
+            _store(connection, request, summary, matched, gaps, {info.site: info.exec_order for info in reference})
+            results.commit(connection)
+            install(connection, temporary=False)
+    return summary
+
+
+def _check(request: ComparisonRequest) -> None:
+    runs = [run for run in (request.reference, request.baseline, request.target) if run is not None]
+    if len(set(runs)) != len(runs):
+        raise InputError(f"reference, baseline and target must be different runs, not {', '.join(runs)}")
+    if request.baseline is None and request.thresholds.relative_l2 is None:
+        raise InputError(
+            "without a baseline there is no R; name one, or give a limit for relative L2 (--tolerance 1e-5)"
+        )
+    if request.baseline is not None and request.thresholds.relative_l2 is not None:
+        raise InputError("a limit for relative L2 is for comparisons without a baseline; leave one of the two out")
+
+
+def _with_baseline(mapping: SiteMapping, baseline: Sequence[SiteInfo]) -> SiteMapping:
+    """Turn pairs whose reference site the baseline lacks into holes."""
+    known = {info.site for info in baseline if not info.n_statistics_only}
+    missing = [pair for pair in mapping.pairs if pair.reference not in known]
+    holes = [Gap(pair.reference, "unmatched", "the baseline did not record this site's values") for pair in missing]
+    return SiteMapping(tuple(pair for pair in mapping.pairs if pair.reference in known), (*mapping.gaps, *holes))
+
+
+def _chunks(pairs: Sequence[Pair], n_tensors: Mapping[Site, int]) -> list[list[Pair]]:
+    """Split the pairs so that each part has about `_CHUNK_TENSORS` tensors in the reference."""
+    chunks: list[list[Pair]] = []
+    held = _CHUNK_TENSORS
+    for pair in pairs:
+        if held >= _CHUNK_TENSORS:
+            chunks.append([])
+            held = 0
+        chunks[-1].append(pair)
+        held += n_tensors[pair.reference]
+    return chunks
+
+
+def _aligned_pairs(
+    trace: Trace, request: ComparisonRequest, chunks: Sequence[Sequence[Pair]], prompts: Sequence[PromptPair]
+) -> Iterator[tuple[Pair, Mapping[str, Mapping[int, AlignedSite]], int]]:
+    """Every pair with what can be compared, and the number of positions the reference holds."""
+    for pairs in chunks:
+        wanted = [(request.reference, pair.reference) for pair in pairs]
+        wanted += [(request.target, pair.target) for pair in pairs]
+        if request.baseline is not None:
+            wanted += [(request.baseline, pair.reference) for pair in pairs]
+        stored = load_sites(trace, dict.fromkeys(wanted))
+        for pair in pairs:
+            reference = stored.get((request.reference, pair.reference), [])
+            baseline = stored.get((request.baseline, pair.reference), []) if request.baseline else None
+            target = stored.get((request.target, pair.target), [])
+            yield pair, align(trace, (reference, baseline, target), prompts, pair.columns), _n_positions(reference)
+
+
+def _n_positions(tensors: Sequence[Stored]) -> int:
+    positions = set()
+    for stored in tensors:
+        if stored.position_start is None:
+            positions.add((stored.prompt, stored.phase, stored.step))
+        else:
+            first, count = stored.position_start, stored.position_count or 0
+            positions.update((stored.prompt, "", position) for position in range(first, first + count))
+    return len(positions)
+
+
+def _judge(
+    pair: Pair, exec_order: int, aligned: Mapping[str, Mapping[int, AlignedSite]], thresholds: Thresholds
+) -> Iterator[Judged]:
+    """Measure one site in every phase: over all prompts first, then per prompt."""
+    for phase, by_prompt in aligned.items():
+        if any(site.clash() for site in by_prompt.values()):
+            yield Judged(pair, exec_order, phase, None, None, SHAPE_MISMATCH, FAIL)
+            continue
+        found = measure({prompt: site.__iter__ for prompt, site in by_prompt.items()})
+        dtype = next(iter(by_prompt.values())).target_dtype
+        for prompt in (None, *by_prompt):
+            one = found[prompt]
+            verdict = site_verdict(
+                one.state,
+                one.r_ratio,
+                one.r_low,
+                one.relative_l2,
+                one.state == NONFINITE and one.n_nonfinite_target > 0,
+                thresholds,
+                dtype,
+            )
+            yield Judged(pair, exec_order, phase, prompt, one, one.state, verdict)
+
+
+def _empty(item: _Covered) -> Gap:
+    return Gap(item.pair.reference, "unmatched", f"{item.pair.target.name} shares no prompt and position with it")
+
+
+def _partly_compared(matched: Sequence[_Covered]) -> list[str]:
+    """A doubt when sites were compared at only some positions; heads that compute the last token only are exempt."""
+    partial = [
+        item
+        for item in matched
+        if item.n_compared < item.n_expected and item.pair.reference.module.rpartition(".")[2] not in ("", "lm_head")
+    ]
+    if not partial:
+        return []
+    worst = min(partial, key=lambda item: item.n_compared / item.n_expected)
+    return [
+        f"{len(partial)} sites were compared at only some positions, for example {worst.pair.reference.name} at "
+        f"{worst.n_compared} of {worst.n_expected}"
+    ]
+
+
+def _store(
+    connection: Any,
+    request: ComparisonRequest,
+    summary: ComparisonSummary,
+    matched: Sequence[_Covered],
+    gaps: Sequence[Gap],
+    order: Mapping[Site, int],
+) -> None:
+    """Replace the comparison's rows in the catalog, except for the measurements themselves."""
+    name = request.comparison
+    catalog.forget_comparison(connection, name)
+    catalog.insert(
+        connection,
+        "comparisons",
+        {
+            "comparison": [name],
+            "reference": [request.reference],
+            "baseline": [request.baseline],
+            "target": [request.target],
+            "mapping": [name],
+            "thresholds": [json.dumps(request.thresholds.as_dict())],
+            "created_at": [datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)],
+            "verdict": [summary.verdict],
+            "reasons": [list(summary.reasons)],
+            "n_matched": [summary.n_matched],
+            "n_unmatched": [summary.n_unmatched],
+            "n_skipped": [summary.n_skipped],
+        },
+    )
+    catalog.insert(
+        connection,
+        "mappings",
+        {"mapping": [name], "reference": [request.reference], "target": [request.target], "origin": ["auto"]},
+    )
+    pairs = [item.pair for item in matched]
+    catalog.insert(
+        connection,
+        "mapping_entries",
+        {
+            "mapping": [name] * len(pairs),
+            "entry": list(range(len(pairs))),
+            "reference_sites": [[pair.reference.name] for pair in pairs],
+            "target_sites": [[pair.target.name] for pair in pairs],
+            "transform": [pair.transform for pair in pairs],
+            "transform_spec": [
+                json.dumps({"axis": -1, "start": pair.columns[0], "stop": pair.columns[1]}) if pair.columns else None
+                for pair in pairs
+            ],
+            "score": [pair.score for pair in pairs],
+            "reason": [pair.reason for pair in pairs],
+        },
+    )
+    rows = _matched_rows(matched, order)
+    rows += [(gap.site.name, "", order[gap.site], gap.status, gap.reason) for gap in gaps]
+    catalog.insert(
+        connection,
+        "coverage",
+        {
+            "comparison": [name] * len(rows),
+            **{
+                column: [row[index] for row in rows]
+                for index, column in enumerate(("site", "phase", "exec_order", "status", "reason"))
+            },
+        },
+    )
+
+
+def _matched_rows(matched: Sequence[_Covered], order: Mapping[Site, int]) -> list[tuple[str, str, int, str, str]]:
+    by_site: dict[Site, list[_Covered]] = {}
+    for item in matched:
+        by_site.setdefault(item.pair.reference, []).append(item)
+    return [
+        (site.name, ",".join(items[0].phases), order[site], "matched", "; ".join(map(_coverage_reason, items)))
+        for site, items in by_site.items()
+    ]
+
+
+def _coverage_reason(item: _Covered) -> str:
+    part = "" if item.n_compared == item.n_expected else f" ({item.n_compared} of {item.n_expected} positions)"
+    return f"{item.pair.target.name}: {item.pair.reason}{part}"

@@ -1,0 +1,72 @@
+"""Figures without global state, and PNG files that are the same bytes for the same input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ...store.errors import InputError
+
+DPI = 120
+#: Okabe and Ito's palette, "Color Universal Design" (2008): told apart with any colour vision.
+FAIL, UNDECIDED, PASS, BASELINE, FIRST = "#D55E00", "#E69F00", "#7A8B99", "#0072B2", "#000000"
+GRID, FAINT, INK = "#E3E6E8", "#9AA3AA", "#222222"
+VERDICT_COLORS = {"pass": PASS, "fail": FAIL, "undecided": UNDECIDED}
+SMALL, NORMAL, LARGE = 8.0, 9.0, 11.5
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure with the Agg backend, in inches."""
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG without metadata, so that the same numbers give the same bytes.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    try:
+        with path.open("wb") as file:
+            figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}; name another file with -o") from error
+
+
+def plain(text: str, limit: int = 0) -> str:
+    """Text as matplotlib should print it: one line, `$` no mathematics, shortened in the middle beyond `limit`."""
+    line = " ".join(text.split())
+    if limit and len(line) > limit:
+        tail = (limit - 1) * 2 // 3
+        line = f"{line[: limit - 1 - tail]}…{line[-tail:]}"
+    return line.replace("$", r"\$")
+
+
+def number(value: float | None) -> str:
+    """A number of a caption."""
+    if value is None:
+        return "undefined"
+    return "∞" if value == float("inf") else f"{value:.3g}"
+
+
+def style(axes: Any) -> None:
+    """The look of every panel: no box, quiet ticks."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(FAINT)
+    axes.tick_params(labelsize=SMALL, color=FAINT, labelcolor=INK)
+    axes.set_axisbelow(True)
+
+
+def words(figure: Figure, title: str, text: str) -> None:
+    """A picture that says why there is no picture."""
+    axes = figure.subplots()
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=LARGE, loc="left", color=INK)
+    axes.text(0.5, 0.5, text, fontsize=LARGE, color=INK, ha="center", va="center", wrap=True)

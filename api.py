@@ -1,0 +1,68 @@
+"""The same verbs as the command line, in Python: `import tensorsleuth as ts; trace = ts.open("mytrace")`."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from .analyze.compare import ComparisonRequest, ComparisonSummary, compare
+from .analyze.sql_library import run_sql
+from .analyze.verdict import Thresholds
+from .store import Trace as StoredTrace
+
+if TYPE_CHECKING:
+    import torch
+
+    from .capture.recorder import Recorder
+    from .capture.selection import Selection
+
+
+class Trace(StoredTrace):
+    """A trace directory with the product's verbs: record, compare, sql."""
+
+    def record(
+        self,
+        model: torch.nn.Module,
+        *,
+        run: str,
+        role: str,
+        selection: Selection | None = None,
+        **options: Any,
+    ) -> AbstractContextManager[Recorder]:
+        """Record every forward pass of a model inside a `with` block; see `capture.record`."""
+        from .capture.recorder import record
+
+        return record(self, model, run=run, role=role, selection=selection, **options)
+
+    def compare(
+        self,
+        *,
+        reference: str,
+        target: str,
+        baseline: str | None = None,
+        name: str | None = None,
+        thresholds: Thresholds | None = None,
+    ) -> ComparisonSummary:
+        """Compare runs site by site; see `analyze.compare`."""
+        request = ComparisonRequest(reference, target, baseline, name, thresholds or Thresholds())
+        return compare(self, request)
+
+    def sql(self, statement: str) -> pa.Table:
+        """Run one read-only SQL statement with the standard library; `.to_pandas()` works on the result."""
+        return run_sql(self, statement)
+
+
+def open(path: str | os.PathLike[str], *, create: bool = False) -> Trace:
+    """Open a trace.
+
+    Args:
+        path: its folder.
+        create: make an empty trace if there is none.
+
+    Raises:
+        TraceNotFoundError: there is none and `create` is false.
+    """
+    return Trace.create(path) if create else Trace.open(path)

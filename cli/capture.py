@@ -1,0 +1,143 @@
+"""Commands that make runs: capture hf."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..store import InputError, Trace
+from .console import Json, TracePath, human_bytes, print_json, print_table, progress, say, warn
+
+if TYPE_CHECKING:
+    from ..capture.hf_run import CaptureSummary
+    from ..capture.plan import Plan
+
+
+class Ports(str, Enum):
+    """What is recorded of a module."""
+
+    output = "output"
+    both = "both"
+
+
+class Padding(str, Enum):
+    """Side of the padding in batches."""
+
+    left = "left"
+    right = "right"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    group = typer.Typer(help="Run a model and record its tensors.", no_args_is_help=True)
+    group.command("hf")(capture_hf)
+    app.add_typer(group, name="capture")
+
+
+def capture_hf(
+    trace: TracePath,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Model folder, or a config.json with --random-init.")],
+    run: Annotated[str, typer.Option(help="Name of the new run.")],
+    role: Annotated[str, typer.Option(help="reference, baseline or target.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt text; may be repeated.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts file: JSONL, or .txt with one prompt a line.")] = None,
+    generate: Annotated[int, typer.Option(min=1, help="Greedy tokens per prompt.")] = 1,
+    teacher: Annotated[str | None, typer.Option(help="Feed the tokens of this run instead.")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Only modules that match this glob; may be repeated.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Not modules that match this glob; may be repeated.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Only these layers, for example 0-3,7.")] = None,
+    positions: Annotated[str | None, typer.Option(help="Only these token positions, for example 0-31.")] = None,
+    io: Annotated[Ports, typer.Option(help="Record outputs, or inputs as well.")] = Ports.output,
+    statistics_only: Annotated[bool, typer.Option(help="Keep statistics and checksums, not values.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 1,
+    padding: Annotated[Padding, typer.Option(help="Side of the padding in batches.")] = Padding.left,
+    random_init: Annotated[int | None, typer.Option(metavar="SEED", help="Random weights from this seed.")] = None,
+    attention: Annotated[str | None, typer.Option(help="Attention implementation, for example eager or sdpa.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run modelling code that lies in the model folder.")] = False,
+    plan: Annotated[bool, typer.Option(help="Predict tensors, bytes and time; run nothing.")] = False,
+    json: Json = False,
+) -> None:
+    """Run a Hugging Face causal language model and record every module's output."""
+    from ..capture.generate import Generation
+    from ..capture.hf import ModelSource, load_config, parse_dtype, quiet_transformers
+    from ..capture.hf_run import HuggingFaceCapture, capture_hugging_face, prepare_prompts, try_plan
+    from ..capture.prompts import PromptInput, read_prompts
+    from ..capture.selection import Selection, parse_layers, parse_positions
+
+    if prompt and prompts:
+        raise InputError("give either --prompt or --prompts, not both")
+    if teacher is not None and generate > 1:
+        raise InputError("--teacher dictates the tokens; leave --generate out")
+    parse_dtype(dtype)
+    capture = HuggingFaceCapture(
+        source=ModelSource(model, random_init, trust_remote_code, attention),
+        run=run,
+        role=role,
+        dtype=dtype,
+        prompts=read_prompts(prompts) if prompts else [PromptInput(str(i), text=t) for i, t in enumerate(prompt or ())],
+        teacher=teacher,
+        generation=Generation(new_tokens=generate, padding=padding.value, batch_size=batch),
+        selection=Selection(
+            tuple(include or ()),
+            tuple(exclude or ()),
+            parse_layers(layers) if layers else None,
+            parse_positions(positions) if positions else None,
+            io is Ports.both,
+        ),
+        statistics_only=statistics_only,
+    )
+    quiet_transformers()
+    config = load_config(capture.source)
+    opened = Trace.create(trace)
+    if plan:
+        predicted, reason = try_plan(opened, capture, prepare_prompts(opened, capture, config))
+        if predicted is None:
+            raise InputError(f"{model} cannot be planned without running it: {reason}")
+        _print_plan(predicted, json)
+        return
+    with progress(f"capture {run}") as update:
+        summary = capture_hugging_face(opened, capture, progress=update)
+    _print_summary(summary, json)
+
+
+def _print_plan(plan: Plan, json: bool) -> None:
+    if json:
+        print_json(plan.as_dict())
+        return
+    rows = [
+        ("tensors", str(plan.n_tensors)),
+        ("values", human_bytes(plan.nbytes)),
+        ("to disk at most", human_bytes(plan.stored_nbytes)),
+        ("operations", f"{plan.flops / 1e9:.3g} GFLOP"),
+        ("time", f"{plan.seconds:.3g} s (without loading the model)"),
+    ]
+    print_table("plan", ("what", "predicted"), rows)
+
+
+def _print_summary(summary: CaptureSummary, json: bool) -> None:
+    plan = summary.plan
+    if json:
+        print_json({**summary.__dict__, "plan": plan.as_dict() if plan else None})
+        return
+    rows = [
+        ("prompts", str(summary.n_prompts), ""),
+        ("tensors", str(summary.n_tensors), str(plan.n_tensors) if plan else "-"),
+        ("values", human_bytes(summary.nbytes), human_bytes(plan.nbytes) if plan else "-"),
+        ("on disk", human_bytes(summary.stored_nbytes), f"<= {human_bytes(plan.stored_nbytes)}" if plan else "-"),
+        ("time", f"{summary.seconds:.2f} s", f"{plan.seconds:.2f} s" if plan else "-"),
+    ]
+    print_table(f"run {summary.run}", ("what", "actual", "planned"), rows)
+    if summary.observer["identical"]:
+        say("logits with and without capture are bit-identical")
+    else:
+        warn(f"capturing changed the logits: largest difference {summary.observer['max_abs_difference']}")
+    for site, reason in summary.skipped.items():
+        warn(f"not stored: {site}: {reason}")

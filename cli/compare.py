@@ -1,0 +1,111 @@
+"""The command compare."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..store import Trace
+from .console import EXIT_CODES, VERDICT_STYLES, Json, TracePath, print_json, print_table, progress, say
+
+if TYPE_CHECKING:
+    from ..analyze.compare import ComparisonSummary
+
+#: Columns of `divergence` that the command line shows.
+_COLUMNS = ("site", "phase", "r_ratio", "r_low", "r_high", "relative_l2", "cosine", "qq_w1", "state", "verdict")
+_BEFORE, _AFTER = 4, 3
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command()(compare)
+
+
+def compare(
+    trace: TracePath,
+    reference: Annotated[str, typer.Option(help="Run that is the ground truth (FP32).")],
+    target: Annotated[str, typer.Option(help="Run under test.")],
+    baseline: Annotated[
+        str | None, typer.Option(help="Same model as the reference, in the target's precision.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the comparison; the target's name by default.")] = None,
+    tau_r: Annotated[float, typer.Option(min=1.0, help="Largest R of a site.")] = 1.2,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest relative L2, for comparisons without a baseline.")
+    ] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Only reference modules that match this glob.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Not reference modules that match this glob.")] = None,
+    json: Json = False,
+) -> None:
+    """Compare a target with a reference, site by site, and name the first that diverges."""
+    from ..analyze.compare import ComparisonRequest
+    from ..analyze.compare import compare as compare_runs
+    from ..analyze.verdict import Thresholds
+
+    opened = Trace.open(trace)
+    request = ComparisonRequest(
+        reference,
+        target,
+        baseline,
+        name,
+        Thresholds(tau_r=tau_r, relative_l2=tolerance),
+        tuple(include or ()),
+        tuple(exclude or ()),
+    )
+    with progress("compare") as update:
+        summary = compare_runs(opened, request, progress=update)
+    first = first_divergence(opened, summary.comparison)
+    if json:
+        print_json({**summary.__dict__, "first_divergence": first})
+    else:
+        print_comparison(opened, summary, first)
+    raise typer.Exit(EXIT_CODES[summary.verdict])
+
+
+def first_divergence(trace: Trace, comparison: str) -> dict[str, Any] | None:
+    """The first failing site of a comparison, or None."""
+    from ..analyze.sql_library import run_sql
+
+    rows = run_sql(trace, f"SELECT * FROM first_divergence WHERE comparison = {_quote(comparison)}").to_pylist()
+    return rows[0] if rows else None
+
+
+def print_comparison(trace: Trace, summary: ComparisonSummary, first: dict[str, Any] | None) -> None:
+    """Print the verdict, the sites around the first divergence and what is open."""
+    from ..analyze.sql_library import run_sql
+
+    statement = (
+        f"SELECT {', '.join(_COLUMNS)} FROM divergence WHERE comparison = {_quote(summary.comparison)} "
+        "ORDER BY CASE phase WHEN 'prefill' THEN 0 ELSE 1 END, exec_order, site"
+    )
+    rows = [tuple(row.values()) for row in run_sql(trace, statement).to_pylist()]
+    if first is not None:
+        place = next(i for i, row in enumerate(rows) if row[:2] == (first["site"], first["phase"]))
+        low, high = max(place - _BEFORE, 0), place + _AFTER + 1
+        print_table(f"{summary.comparison}: around the first divergence", _COLUMNS, rows[low:high])
+        say(
+            f"first divergent site: {first['site']} ({first['phase']}), R = {_number(first['r_ratio'])}; "
+            f"{place} sites before it pass",
+            "bold red",
+        )
+    else:
+        ranked = sorted(rows, key=lambda row: -(row[2] if row[2] is not None else -1.0))
+        print_table(f"{summary.comparison}: sites with the largest R", _COLUMNS, ranked[:5])
+    say(
+        f"verdict: {summary.verdict}; {summary.n_matched} sites matched, {summary.n_unmatched} unmatched, "
+        f"{summary.n_skipped} skipped",
+        VERDICT_STYLES[summary.verdict],
+    )
+    for reason in summary.reasons:
+        say(f"  - {reason}")
+    if summary.n_unmatched:
+        say(f"  sleuth sql {trace.path} \"SELECT * FROM coverage_holes WHERE comparison = '{summary.comparison}'\"")
+
+
+def _quote(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3g}"
