@@ -7,7 +7,7 @@ units, and an example. The header is parsed here; a test holds it against what D
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from graphlib import TopologicalSorter
@@ -108,12 +108,15 @@ def install(connection: Any, *, temporary: bool) -> None:
         connection.execute(f"COMMENT ON {what} {item.name} IS '{summary}'")
 
 
-def run_sql(trace: Trace, statement: str, *, external_access: bool = False) -> pa.Table:
+def run_sql(
+    trace: Trace, statement: str, parameters: Sequence[Any] = (), *, external_access: bool = False
+) -> pa.Table:
     """Run one query over a trace: its catalog read-only, the library, and functions of stored tensors.
 
     Args:
         trace: an open trace.
         statement: a single statement that reads: SELECT, FROM, WITH, DESCRIBE, SUMMARIZE, PIVOT, EXPLAIN, ...
+        parameters: values of its `?` placeholders.
         external_access: let the statement read files and the network.
 
     Returns:
@@ -132,7 +135,7 @@ def run_sql(trace: Trace, statement: str, *, external_access: bool = False) -> p
         connection.execute("SET lock_configuration = true")
         try:
             _check_reads(connection, statement, external_access=external_access)
-            return connection.sql(statement).to_arrow_table()
+            return connection.sql(statement, params=list(parameters)).to_arrow_table()
         except duckdb.Error as error:
             if functions.failure is not None:
                 raise functions.failure from error

@@ -39,7 +39,7 @@ class Plan:
     """What a capture will take.
 
     Attributes:
-        n_tensors: rows in the index.
+        n_tensors: rows in the index, without attention masks among recorded inputs (they depend on values).
         nbytes: size of all values.
         stored_nbytes: the same with repeated views counted once; equal contents may save more.
         flops: floating-point operations of all forward passes.
@@ -141,6 +141,8 @@ def _passes(
     cost, cache = _forward(mode, model, counter, ids, mask, None, layout)
     yield 1, cost
     ends = sorted({forwards for _, forwards in lengths if forwards > 1})
+    if counter.selection.positions is not None:  # each step computes another position
+        ends = list(range(2, max(ends, default=1) + 1))
     done = 1
     for end in ends:
         with no_dispatch():

@@ -6,14 +6,14 @@ import dataclasses
 import datetime
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
 
-from ..store.errors import InputError, SleuthError, UnsupportedDtypeError
+from ..store.errors import InputError, SleuthError, StorageError, UnsupportedDtypeError
 from ..store.index import TensorKey
-from ..store.manifest import ROLES, Module, Prompt, PromptTokens, RunManifest
+from ..store.manifest import ROLES, Module, Prompt, PromptTokens, RunManifest, write_manifest
 from ..store.run_writer import QUEUE_BYTES, SHARD_BYTES, RunWriter
 from ..store.trace import Trace, site_name
 from .layout import StepLayout, cut
@@ -280,13 +280,8 @@ def _finish(
 
 def _write_if_possible(trace: Trace, manifest: RunManifest) -> None:
     """Keep the manifest of a run whose shards await `repair`; a full disk must not hide the first error."""
-    from ..store.manifest import write_manifest
-
-    folder = trace.run_folder(manifest.run)
-    try:
-        write_manifest(folder, manifest)
-    except OSError:
-        (folder / "run.json.tmp").unlink(missing_ok=True)
+    with suppress(StorageError):
+        write_manifest(trace.run_folder(manifest.run), manifest)
 
 
 def _dominant_dtype(parameters: Sequence[torch.nn.Parameter]) -> str:

@@ -67,7 +67,8 @@ def first_divergence(trace: Trace, comparison: str) -> dict[str, Any] | None:
     """The first failing site of a comparison, or None."""
     from ..analyze.sql_library import run_sql
 
-    rows = run_sql(trace, f"SELECT * FROM first_divergence WHERE comparison = {_quote(comparison)}").to_pylist()
+    statement = "SELECT * FROM first_divergence WHERE comparison = ? AND overall"
+    rows = run_sql(trace, statement, [comparison]).to_pylist()
     return rows[0] if rows else None
 
 
@@ -75,13 +76,11 @@ def print_comparison(trace: Trace, summary: ComparisonSummary, first: dict[str, 
     """Print the verdict, the sites around the first divergence and what is open."""
     from ..analyze.sql_library import run_sql
 
-    statement = (
-        f"SELECT {', '.join(_COLUMNS)} FROM divergence WHERE comparison = {_quote(summary.comparison)} "
-        "ORDER BY CASE phase WHEN 'prefill' THEN 0 ELSE 1 END, exec_order, site"
-    )
-    rows = [tuple(row.values()) for row in run_sql(trace, statement).to_pylist()]
+    statement = "SELECT * FROM divergence WHERE comparison = ? ORDER BY phase_order(phase), exec_order"
+    found = run_sql(trace, statement, [summary.comparison]).to_pylist()
+    rows = [tuple(row[name] for name in _COLUMNS) for row in found]
     if first is not None:
-        place = next(i for i, row in enumerate(rows) if row[:2] == (first["site"], first["phase"]))
+        place = next(i for i, row in enumerate(found) if row["exec_order"] == first["exec_order"])
         low, high = max(place - _BEFORE, 0), place + _AFTER + 1
         print_table(f"{summary.comparison}: around the first divergence", _COLUMNS, rows[low:high])
         say(
@@ -100,11 +99,7 @@ def print_comparison(trace: Trace, summary: ComparisonSummary, first: dict[str, 
     for reason in summary.reasons:
         say(f"  - {reason}")
     if summary.n_unmatched:
-        say(f"  sleuth sql {trace.path} \"SELECT * FROM coverage_holes WHERE comparison = '{summary.comparison}'\"")
-
-
-def _quote(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+        say(f"  which ones: sleuth sql {trace.path} 'FROM coverage_holes'")
 
 
 def _number(value: float | None) -> str:

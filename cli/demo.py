@@ -71,7 +71,7 @@ def _run(path: Path, folder: Path, fault: str | None, json: bool) -> None:
     else:
         print_comparison(trace, summary, first)
         say(f"trace: {path}   plots: {', '.join(map(str, pictures))}")
-        say(f'ask it more: sleuth sql {path} "SELECT * FROM layer_profile"')
+        say(f"ask it more: sleuth sql {path} 'FROM layer_profile'")
     raise typer.Exit(EXIT_CODES[summary.verdict])
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from .errors import CatalogLockedError, FormatError, TraceNotFoundError
+from .errors import CatalogLockedError, FormatError, StorageError, TraceNotFoundError
 from .manifest import RunManifest
 from .shard_reader import read_seal
 
@@ -79,6 +79,7 @@ def writing(path: Path, *, timeout: float = LOCK_TIMEOUT) -> Iterator[Any]:
     Raises:
         CatalogLockedError: another process held the catalog for longer than the timeout.
         FormatError: the catalog has an unknown schema version.
+        StorageError: the operating system refused to write.
     """
     connection = _connect(path, read_only=False, timeout=timeout)
     try:
@@ -88,6 +89,8 @@ def writing(path: Path, *, timeout: float = LOCK_TIMEOUT) -> Iterator[Any]:
         _check_version(connection, path)
         yield connection
         connection.execute("COMMIT")
+    except duckdb.IOException as error:
+        raise _storage_error(path, error) from error
     finally:
         connection.close()
 
@@ -248,6 +251,8 @@ def _connect(path: Path, *, read_only: bool, timeout: float) -> Any:
                 f"{path} is already open in this process in another mode; close that connection first"
             ) from error
         except duckdb.IOException as error:
+            if "No space left" in str(error):
+                raise _storage_error(path, error) from error
             if "lock" not in str(error):
                 raise FormatError(
                     f"{path} cannot be opened as a DuckDB catalog ({str(error).splitlines()[0]}); "
@@ -263,12 +268,19 @@ def _connect(path: Path, *, read_only: bool, timeout: float) -> Any:
         delay = min(delay * 1.5, 0.5)
 
 
+def _storage_error(path: Path, error: Exception) -> StorageError:
+    return StorageError(
+        f"{path} cannot be written ({str(error).splitlines()[0]}); the runs are safe: free space, then "
+        f"'sleuth index {path.parent}'"
+    )
+
+
 def _check_version(connection: Any, path: Path) -> None:
     try:
-        row = connection.execute("SELECT schema_version FROM catalog_info").fetchone()
+        rows = connection.execute("SELECT schema_version FROM catalog_info").fetchall()
     except duckdb.CatalogException:
-        row = None
-    found = row[0] if row else "none"
+        rows = []
+    found = rows[0][0] if rows else "none"
     if found != SCHEMA_VERSION:
         raise FormatError(
             f"{path} has catalog schema version {found}, this tensorsleuth knows {SCHEMA_VERSION}; "

@@ -74,10 +74,11 @@ def seal(file: Any, fd: int, rows: Iterable[tuple[object, ...]], manifest: bytes
         manifest: the run's manifest as JSON bytes.
     """
     index = encode(to_table(rows))
-    _write_bytes(file, INDEX_DATASET, index)
-    _write_bytes(file, MANIFEST_DATASET, manifest)
+    _write_bytes(file, fd, INDEX_DATASET, index)
+    _write_bytes(file, fd, MANIFEST_DATASET, manifest)
     _write_attribute(file, "tensorsleuth_format", np.array(FORMAT_VERSION))
     _write_attribute(file, "index_checksum", np.array(xxhash.xxh3_128_hexdigest(index).encode()))
+    h5f.flush(file)
     file.close()
     os.fsync(fd)
 
@@ -91,10 +92,11 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _write_bytes(file: Any, name: str, data: bytes) -> None:
-    dataset = h5d.create(file, name.encode(), h5t.STD_U8LE, h5s.create_simple((len(data),)))
+def _write_bytes(file: Any, fd: int, name: str, data: bytes) -> None:
+    """Write past HDF5: when the disk is full, its buffered write would fail unnoticed as the dataset closes."""
+    offset = create_tensor(file, name, "uint8", (len(data),), creation_properties())
     if data:
-        dataset.write(h5s.ALL, h5s.ALL, np.frombuffer(data, np.uint8))
+        write_at(fd, np.frombuffer(data, np.uint8), offset)
 
 
 def _write_attribute(file: Any, name: str, value: npt.NDArray[Any]) -> None:

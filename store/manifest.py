@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import FormatError, InputError, TraceNotFoundError
+from .errors import FormatError, InputError, StorageError, TraceNotFoundError
 from .index import FORMAT_VERSION
 
 ROLES = ("reference", "baseline", "target")
@@ -139,14 +139,20 @@ def write_manifest(folder: Path, manifest: RunManifest) -> None:
     """Replace `run.json` atomically and durably.
 
     Raises:
-        OSError: the operating system refused to write.
+        StorageError: the operating system refused to write.
     """
     temporary = folder / f"{_FILE}.tmp"
-    with temporary.open("wb") as file:
-        file.write(manifest.to_json())
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(folder / _FILE)
+    try:
+        with temporary.open("wb") as file:
+            file.write(manifest.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(folder / _FILE)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"{folder / _FILE} cannot be written: {error.strerror or error}; free space, then 'sleuth repair'"
+        ) from error
 
 
 def read_manifest(folder: Path) -> RunManifest:

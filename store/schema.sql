@@ -40,8 +40,8 @@ CREATE TABLE tensors (
 CREATE TABLE mappings (mapping VARCHAR PRIMARY KEY, reference VARCHAR NOT NULL, target VARCHAR NOT NULL,
     origin VARCHAR NOT NULL);
 
--- transform: identity, concat (reference sites joined along the last axis form the target), split (the reference
--- holds what the target splits), with its parameters in transform_spec.
+-- transform: identity, or slice when the target site holds more features than the reference site (transform_spec:
+-- axis, start, stop).
 CREATE TABLE mapping_entries (
     mapping VARCHAR NOT NULL, entry INTEGER NOT NULL, reference_sites VARCHAR[] NOT NULL,
     target_sites VARCHAR[] NOT NULL, transform VARCHAR NOT NULL, transform_spec JSON, score DOUBLE NOT NULL,
@@ -76,7 +76,7 @@ CREATE TABLE error_quantiles (
 
 CREATE TABLE token_errors (
     comparison VARCHAR NOT NULL, measurement INTEGER NOT NULL, position INTEGER NOT NULL, baseline_sq DOUBLE,
-    target_sq DOUBLE NOT NULL, reference_sq DOUBLE NOT NULL);
+    target_sq DOUBLE, reference_sq DOUBLE);
 
 CREATE TABLE logits (
     comparison VARCHAR NOT NULL, prompt INTEGER NOT NULL, position INTEGER NOT NULL, r_ratio DOUBLE, cosine DOUBLE,

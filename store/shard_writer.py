@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,4 +173,6 @@ class ShardWriter:
     def abandon(self) -> None:
         """Let go of the files without sealing; `repair` salvages what the journal acknowledges."""
         self._journal.close()
+        with suppress(RuntimeError, OSError):  # HDF5 may fail to write its metadata: nobody reads it any more
+            self._file.close()
         os.close(self._fd)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from . import catalog
-from .errors import CatalogLockedError, InputError, RunExistsError, TraceNotFoundError
+from .errors import CatalogLockedError, FormatError, InputError, RunExistsError, TraceNotFoundError
 from .index import NO_DATASET
 from .manifest import RunManifest, check_run_name, read_manifest, write_manifest
 from .shard_reader import ShardReader
@@ -271,7 +271,7 @@ _UNKNOWN_ORDINAL = 1 << 40
 def _run_order(folder: Path) -> tuple[int, str]:
     try:
         return read_manifest(folder).ordinal, folder.name
-    except (TraceNotFoundError, ValueError):
+    except (TraceNotFoundError, FormatError):
         return _UNKNOWN_ORDINAL, folder.name
 
 

@@ -33,7 +33,7 @@ def save(figure: Figure, path: Path) -> None:
     """
     try:
         with path.open("wb") as file:
-            figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
+            figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None}, pil_kwargs={"optimize": True})
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}; name another file with -o") from error
 
@@ -51,7 +51,7 @@ def number(value: float | None) -> str:
     """A number of a caption."""
     if value is None:
         return "undefined"
-    return "∞" if value == float("inf") else f"{value:.3g}"
+    return "∞" if value == float("inf") else f"{value:.3g}".replace("-", "−")
 
 
 def style(axes: Any) -> None:
@@ -66,7 +66,8 @@ def style(axes: Any) -> None:
 
 def words(figure: Figure, title: str, text: str) -> None:
     """A picture that says why there is no picture."""
+    figure.set_size_inches(figure.get_figwidth(), 2.5)
+    figure.suptitle(title, fontsize=LARGE - 1, x=0.01, ha="left", color=INK)
     axes = figure.subplots()
     axes.set_axis_off()
-    axes.set_title(title, fontsize=LARGE, loc="left", color=INK)
     axes.text(0.5, 0.5, text, fontsize=LARGE, color=INK, ha="center", va="center", wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ from .source import SiteResult
 _LAYER = re.compile(r"((?:.*?\.)??)(\d{1,9})(?:\.(.*))?")
 _INNER_NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
 MOST_ROWS = 40
-_NONE_IN_CELL = {"nonfinite": 3, "shape_mismatch": 3}
 
 
 @dataclass(frozen=True)
@@ -125,19 +123,8 @@ def worst(sites: Sequence[SiteResult]) -> SiteResult:
     """The site that a shared cell shows: no value at all first, then the largest, exact ones last."""
 
     def severity(result: SiteResult) -> tuple[int, float]:
-        if result.value is None:
-            return (_NONE_IN_CELL.get(result.state, 0), 0.0)
-        return (2 if result.verdict == "fail" else 1, result.value)
+        if result.state in ("nonfinite", "shape_mismatch"):
+            return (3, 0.0)
+        return (2 if result.verdict == "fail" else 1, result.value) if result.value is not None else (0, 0.0)
 
     return max(sites, key=severity)
-
-
-def first_failure(sites: Sequence[SiteResult]) -> SiteResult | None:
-    """The earliest failing site of a phase."""
-    return next((site for site in sites if site.verdict == "fail"), None)
-
-
-def largest(sites: Iterable[SiteResult]) -> SiteResult | None:
-    """The site with the largest finite value."""
-    finite = [site for site in sites if site.value is not None and math.isfinite(site.value)]
-    return max(finite, key=lambda site: site.value or 0.0, default=None)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.colors import BoundaryNorm, ListedColormap
 
 #: Within the limit: blue (below), then two greys. Beyond it: yellow to black, monotonic in lightness.
-_WITHIN = ("#B9D3E6", "#F1F2F3", "#D9DDE0")
+_WITHIN = ("#B9D3E6", "#E9ECEE", "#CFD6DB")
 _BEYOND = ("#FBD65B", "#F89A3C", "#E4572E", "#B5173B", "#6E0A4A", "#2A0634")
 _STEPS = (1.0, 2.0, 8.0, 32.0, 256.0)
 _TICKS = (1e-3, 0.01, 0.1, 0.25, 0.5, 0.8, 2.0, 4.0, 16.0, 100.0, 1e3, 1e4, 1e6, 1e8, 1e12, 1e20)
@@ -57,7 +57,7 @@ class Scale:
             height = self.height(value)
             if low <= height <= high and all(abs(height - other) > 0.055 * (high - low) for other in taken):
                 taken.append(height)
-        return taken, [f"{self.centre * math.exp(math.sinh(height) * self.width):.3g}" for height in taken]
+        return taken, [f"{self.centre * math.exp(math.sinh(height) * self.width):.4g}" for height in taken]
 
     @cached_property
     def edges(self) -> list[float]:

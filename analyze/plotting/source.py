@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,8 +40,8 @@ class Compared:
     @property
     def headline(self) -> str:
         """What is compared with what, in one line."""
-        error = f", in units of {self.baseline}'s error" if self.baseline else ""
-        return f"{self.target} against {self.reference}{error}"
+        measure = f"R = error over that of {self.baseline}" if self.baseline else "relative L2 error"
+        return f"{self.target} against {self.reference}: {measure}"
 
 
 @dataclass(frozen=True)
@@ -137,23 +139,40 @@ def sorted_phases(phases: Iterable[str]) -> list[str]:
     return sorted(phases, key=lambda name: (_PHASES.index(name) if name in _PHASES else len(_PHASES), name))
 
 
-def find_site(results: dict[str, list[SiteResult]], comparison: Compared, name: str, phase: str) -> SiteResult:
-    """A site of a comparison in a phase.
+def choose_site(
+    results: dict[str, list[SiteResult]], comparison: Compared, name: str | None = None, phase: str | None = None
+) -> SiteResult:
+    """The site of that name, in that phase: of all that fit, the one with the largest finite value.
 
     Raises:
-        InputError: it was not measured; the message names where it was, or similar names.
+        InputError: none fits; the message names phases or sites that do.
     """
-    import difflib
+    if phase is not None and phase not in results:
+        raise InputError(f"comparison {comparison.name!r} has no phase {phase!r}; its phases: {listing(results)}")
+    named = [result for sites in results.values() for result in sites if name in (None, result.site)]
+    if not named:
+        raise InputError(f"comparison {comparison.name!r} measured no site {name!r}; it has {_similar(results, name)}")
+    fitting = [result for result in named if phase in (None, result.phase)]
+    if not fitting:
+        phases = listing(result.phase for result in named)
+        raise InputError(f"comparison {comparison.name!r} measured {name!r} in {phases} only, not in {phase}")
+    return largest(fitting) or fitting[0]
 
-    found = [result for result in results.get(phase, []) if result.site == name]
-    if found:
-        return found[0]
-    elsewhere = [other for other, sites in results.items() if any(result.site == name for result in sites)]
-    if elsewhere:
-        raise InputError(f"comparison {comparison.name!r} measured {name!r} only in {listing(elsewhere)}, not {phase}")
+
+def _similar(results: dict[str, list[SiteResult]], name: str | None) -> str:
     names = list(dict.fromkeys(result.site for sites in results.values() for result in sites))
-    near = difflib.get_close_matches(name, names, n=_LISTED, cutoff=0.5) or names
-    raise InputError(f"comparison {comparison.name!r} measured no site {name!r}; it has {listing(near)}")
+    return listing(difflib.get_close_matches(name or "", names, n=_LISTED, cutoff=0.5) or names)
+
+
+def first_failure(sites: Sequence[SiteResult]) -> SiteResult | None:
+    """The earliest failing site of a phase."""
+    return next((site for site in sites if site.verdict == "fail"), None)
+
+
+def largest(sites: Iterable[SiteResult]) -> SiteResult | None:
+    """The site with the largest finite value."""
+    finite = [site for site in sites if site.value is not None and math.isfinite(site.value)]
+    return max(finite, key=lambda site: site.value or 0.0, default=None)
 
 
 def listing(names: Iterable[str]) -> str:

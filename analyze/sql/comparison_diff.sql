@@ -20,8 +20,8 @@ SELECT
     coalesce(b.phase, a.phase) AS phase,
     coalesce(b.exec_order, a.exec_order) AS exec_order,
     coalesce(b.site, a.site) AS site,
-    b.r AS r_before, a.r AS r_after, a.r / nullif(b.r, 0) AS change,
+    b.r_ratio AS r_before, a.r_ratio AS r_after, a.r_ratio / nullif(b.r_ratio, 0) AS change,
     b.verdict AS verdict_before, a.verdict AS verdict_after
 FROM (SELECT * FROM divergence AS d WHERE d.comparison = before) AS b
 FULL JOIN (SELECT * FROM divergence AS d WHERE d.comparison = after) AS a ON a.site = b.site AND a.phase = b.phase
-ORDER BY abs(ln(nullif(a.r / nullif(b.r, 0), 0))) DESC NULLS LAST, phase_order(coalesce(b.phase, a.phase)), 2, 3;
+ORDER BY abs(ln(nullif(a.r_ratio / nullif(b.r_ratio, 0), 0))) DESC NULLS LAST, phase_order(coalesce(b.phase, a.phase)), 2, 3;

@@ -24,7 +24,7 @@ SELECT
     coalesce(counted.n_fail, 0) AS n_fail,
     coalesce(counted.n_undecided, 0) AS n_undecided,
     c.n_unmatched, c.n_skipped,
-    earliest.phase AS first_phase, earliest.site AS first_site, earliest.r AS first_r
+    earliest.phase AS first_phase, earliest.site AS first_site, earliest.r_ratio AS first_r
 FROM comparisons AS c
 LEFT JOIN (
     SELECT

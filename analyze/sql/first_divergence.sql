@@ -7,7 +7,8 @@
 --   overall BOOLEAN: true for the first of the comparison's failing phases (prefill, decode, forward)
 --   exec_order INTEGER: position of the failing site in the reference's execution order
 --   site VARCHAR: the failing site, as the reference names it
---   r DOUBLE: its R, ratio; infinite: only the baseline is exact; NULL: undefined, see state
+--   target_site VARCHAR: the same, as the target names it
+--   r_ratio DOUBLE: its R, ratio; infinite: only the baseline is exact; NULL: undefined, see state
 --   r_low DOUBLE: lower end of R's 95 % interval, ratio
 --   r_high DOUBLE: upper end of R's 95 % interval, ratio
 --   state VARCHAR: measured, baseline_exact, nonfinite or shape_mismatch
@@ -15,7 +16,7 @@
 --   last_good_site VARCHAR: last site before it, in the same phase, that passed; NULL if there is none
 --   last_good_r DOUBLE: its R, ratio
 -- Example:
---   SELECT phase, overall, site, r, last_good_site, last_good_r
+--   SELECT phase, overall, site, r_ratio, last_good_site, last_good_r
 --   FROM first_divergence WHERE comparison = 'port-2' ORDER BY phase_order(phase)
 CREATE VIEW first_divergence AS
 SELECT
@@ -24,7 +25,8 @@ SELECT
     phase_order(failing.phase) = min(phase_order(failing.phase)) OVER (PARTITION BY failing.comparison) AS overall,
     any_value(failing.first).exec_order AS exec_order,
     any_value(failing.first).site AS site,
-    any_value(failing.first).r_ratio AS r,
+    any_value(failing.first).target_site AS target_site,
+    any_value(failing.first).r_ratio AS r_ratio,
     any_value(failing.first).r_low AS r_low,
     any_value(failing.first).r_high AS r_high,
     any_value(failing.first).state AS state,
@@ -36,7 +38,7 @@ FROM (
         comparison, phase, count(*) AS n_failing,
         min(exec_order * 4294967296 + measurement) AS place,
         arg_min(
-            {site: site, exec_order: exec_order, r_ratio: r_ratio, r_low: r_low, r_high: r_high, state: state},
+            {site: site, target_site: target_site, exec_order: exec_order, r_ratio: r_ratio, r_low: r_low, r_high: r_high, state: state},
             exec_order * 4294967296 + measurement) AS first
     FROM measurements
     WHERE prompt IS NULL AND verdict = 'fail'

@@ -25,11 +25,19 @@ SELECT
     [other.tensor_id FOR other IN copies IF other.checksum <> copies[1].checksum][1] AS other_id
 FROM (
     SELECT
-        run, prompt, phase, step, module, port, slot, call, dims, min(exec_order) AS exec_order,
-        count(DISTINCT rank) AS n_ranks, count(DISTINCT checksum) AS n_versions,
-        list({rank: rank, checksum: checksum, tensor_id: tensor_id} ORDER BY rank, seq) AS copies
-    FROM tensors
-    WHERE dims <> '' AND NOT contains(dims, '[') AND NOT contains(dims, '{')
-    GROUP BY run, prompt, phase, step, module, port, slot, call, dims, position_start
-    HAVING min(checksum) <> max(checksum) AND min(rank) <> max(rank)
+        t.run, t.prompt, t.phase, t.step, t.module, t.port, t.slot, t.call, t.dims, min(t.exec_order) AS exec_order,
+        count(DISTINCT t.rank) AS n_ranks, count(DISTINCT t.checksum) AS n_versions,
+        list({rank: t.rank, checksum: t.checksum, tensor_id: t.tensor_id} ORDER BY t.rank, t.seq) AS copies
+    FROM tensors AS t
+    JOIN (
+        SELECT run, prompt, phase, step, module, port, slot, call, dims, position_start
+        FROM tensors
+        WHERE dims <> '' AND NOT contains(dims, '[') AND NOT contains(dims, '{')
+        GROUP BY ALL
+        HAVING min(checksum) <> max(checksum) AND min(rank) <> max(rank)
+    ) AS odd
+        ON t.run = odd.run AND t.module = odd.module AND t.port = odd.port AND t.slot = odd.slot AND t.call = odd.call
+        AND t.phase = odd.phase AND t.step = odd.step AND t.dims = odd.dims
+        AND t.prompt IS NOT DISTINCT FROM odd.prompt AND t.position_start IS NOT DISTINCT FROM odd.position_start
+    GROUP BY t.run, t.prompt, t.phase, t.step, t.module, t.port, t.slot, t.call, t.dims, t.position_start
 );
