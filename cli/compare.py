@@ -81,13 +81,16 @@ def print_comparison(trace: Trace, summary: ComparisonSummary, first: dict[str, 
     rows = [tuple(row[name] for name in _COLUMNS) for row in found]
     if first is not None:
         place = next(i for i, row in enumerate(found) if row["exec_order"] == first["exec_order"])
+        before = [row["r_ratio"] for row in found[:place] if row["r_ratio"] is not None]
         low, high = max(place - _BEFORE, 0), place + _AFTER + 1
         print_table(f"{summary.comparison}: around the first divergence", _COLUMNS, rows[low:high])
         say(
-            f"first divergent site: {first['site']} ({first['phase']}), R = {_number(first['r_ratio'])}; "
-            f"{place} sites before it pass",
+            f"first divergent site: {first['site']} ({first['phase']}), target {first['target_site']}, "
+            f"R = {_number(first['r_ratio'])}",
             "bold red",
         )
+        if before:
+            say(f"the {place} measurements before it: R from {min(before):.3g} to {max(before):.3g}")
     else:
         ranked = sorted(rows, key=lambda row: -(row[2] if row[2] is not None else -1.0))
         print_table(f"{summary.comparison}: sites with the largest R", _COLUMNS, ranked[:5])

@@ -40,7 +40,7 @@ def print_json(value: Any) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, styles: bool = True) -> None:
     """Print rows as a table; numbers are right-aligned and rounded for reading, verdicts coloured."""
-    table = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+    table = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold")
     numeric = [
         any(isinstance(row[i], (int, float)) and not isinstance(row[i], bool) for row in rows)
         for i in range(len(columns))

@@ -44,10 +44,10 @@ class StandInModel:
         return output.logits, output.cache
 
 
-def capture_references(trace: Trace, *, progress: Progress = no_progress) -> None:
+def capture_references(trace: Trace, *, new_tokens: int = NEW_TOKENS, progress: Progress = no_progress) -> None:
     """Record the FP32 reference, which writes the continuation, and the BF16 baseline, which follows it."""
     source = ModelSource(MODEL)
-    generation = Generation(new_tokens=NEW_TOKENS)
+    generation = Generation(new_tokens=new_tokens)
     capture_hugging_face(
         trace,
         HuggingFaceCapture(

@@ -40,6 +40,8 @@ def fails(arguments: list[str], capsys: Out) -> str:
 
 
 def test_compare_names_the_first_divergent_site(compared: Trace, capsys: Out) -> None:
+    capsys.readouterr()
+    main(["compare", str(compared.path), "--reference", "r", "--baseline", "b", "--target", "t"])
     printed = capsys.readouterr().out
     assert "first divergent site: layers.0.mlp (prefill)" in printed
     assert "verdict: fail" in printed

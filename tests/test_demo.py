@@ -19,7 +19,7 @@ from tensorsleuth.store import Trace
 def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trace with the reference and the baseline of the demo."""
     path = tmp_path_factory.mktemp("demo") / "trace"
-    capture_references(Trace.create(path))
+    capture_references(Trace.create(path), new_tokens=4)
     return path
 
 

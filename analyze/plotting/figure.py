@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ...store.errors import InputError
 
@@ -16,6 +18,8 @@ FAIL, UNDECIDED, PASS, BASELINE, FIRST = "#D55E00", "#E69F00", "#7A8B99", "#0072
 GRID, FAINT, INK = "#E3E6E8", "#9AA3AA", "#222222"
 VERDICT_COLORS = {"pass": PASS, "fail": FAIL, "undecided": UNDECIDED}
 SMALL, NORMAL, LARGE = 8.0, 9.0, 11.5
+#: Written as escapes since they look like other letters.
+SIGMA, MINUS = "\u03c3", "\u2212"
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -26,14 +30,18 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG without metadata, so that the same numbers give the same bytes.
+    """Write a PNG of at most 256 colours without metadata, so that the same numbers give the same bytes.
 
     Raises:
         InputError: the file cannot be written.
     """
+    canvas: Any = figure.canvas
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    picture = picture.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     try:
         with path.open("wb") as file:
-            figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None}, pil_kwargs={"optimize": True})
+            picture.save(file, format="PNG", optimize=True, dpi=(DPI, DPI))
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}; name another file with -o") from error
 
@@ -51,7 +59,7 @@ def number(value: float | None) -> str:
     """A number of a caption."""
     if value is None:
         return "undefined"
-    return "∞" if value == float("inf") else f"{value:.3g}".replace("-", "−")
+    return "∞" if value == float("inf") else f"{value:.3g}".replace("-", MINUS)
 
 
 def style(axes: Any) -> None:

@@ -72,7 +72,7 @@ def columns_of(sites: Sequence[SiteResult], outside_share: float) -> list[Column
     for site in sites:
         place = place_of(site)
         if place is None:
-            found[site.site] = Column(site.site, None, [site])
+            found.setdefault(site.site, Column(site.site, None)).sites.append(site)
             continue
         key = (place.container, place.layer)
         found.setdefault(key, Column(str(place.layer), place.container)).sites.append(site)

@@ -114,23 +114,27 @@ def draw_cells(
     style(axes)
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)
-    cells, fills, edges = [], [], []
+    cells: dict[str, list[tuple[Rectangle, str]]] = {"white": [], FAINT: []}
     marks: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for column in columns:
         for top, bottom, sites in _cells(column, rows, cut):
             shown = worst(sites)
-            cell = ((column.left, top), column.right - column.left, bottom - top)
-            cells.append(Rectangle(*cell))
-            fills.append(fill_of(shown, scale))
-            edges.append(FAINT if fills[-1] == "#FFFFFF" else "#FFFFFF")
+            cell, fill = ((column.left, top), column.right - column.left, bottom - top), fill_of(shown, scale)
+            cells[FAINT if fill == "#FFFFFF" else "white"].append((Rectangle(*cell), fill))
             if mark := mark_of(shown):
                 middle = ((column.left + column.right) / 2, (top + bottom) / 2)
                 marks.setdefault((MARKS[mark].marker, ink_of(shown)), []).append(middle)
             if first is not None and any(site is first for site in sites):
-                axes.add_patch(Rectangle(*cell, fill=False, linewidth=2.2, edgecolor=FIRST, zorder=5))
-    axes.add_collection(PatchCollection(cells, facecolors=fills, edgecolors=edges, linewidths=0.6))
+                for width, ink in ((5.0, "white"), (2.2, FIRST)):  # seen on dark cells too
+                    axes.add_patch(Rectangle(*cell, fill=False, linewidth=width, edgecolor=ink, zorder=5))
+    for edge, drawn in cells.items():
+        fills = [fill for _, fill in drawn]
+        patches = [patch for patch, _ in drawn]
+        axes.add_collection(PatchCollection(patches, facecolors=fills, edgecolors=edge, linewidths=0.6))
     for (marker, ink), at in marks.items():
-        axes.scatter([x for x, _ in at], [y for _, y in at], s=18, c=ink, marker=marker, linewidths=stroke_of(marker), zorder=3)
+        axes.scatter(
+            [x for x, _ in at], [y for _, y in at], s=18, c=ink, marker=marker, linewidths=stroke_of(marker), zorder=3
+        )
     axes.set_ylim(len(rows), 0)
 
 

@@ -102,13 +102,13 @@ def _label_heights(axes: Any, scale: Scale, heights: Heights, *, labelled: bool)
 def _headline(phase: str, sites: Sequence[SiteResult], scale: Scale) -> str:
     first, top = first_failure(sites), largest(sites)
     if first is None:
-        where = f"; largest {scale.quantity} {number(top.value)} at {plain(top.site, 40)}" if top else ""
-        return f"{phase}: 0 of {len(sites)} sites fail{where}"
+        where = f"; largest {scale.quantity} {number(top.value)} at {plain(top.site, 28)}" if top else ""
+        return f"{phase}: 0 of {len(sites)} measurements fail{where}"
     failing = sum(site.verdict == "fail" for site in sites)
     interval = f" [{number(first.low)}, {number(first.high)}]" if first.low is not None else ""
     value = f"{scale.quantity} = {number(first.value)}{interval}"
     reason = value if first.value is not None else first.state.replace("_", " ")
-    return f"{phase}: {failing} of {len(sites)} sites fail, the first with {reason}"
+    return f"{phase}: {failing} of {len(sites)} measurements fail, the first with {reason}"
 
 
 def _title(source: Compared, sites: Sequence[SiteResult]) -> str:

@@ -86,7 +86,10 @@ def stroke_of(marker: str) -> float:
 def add_colorbar(figure: Any, axes: Any, scale: Scale) -> None:
     """The bands of the scale beside a panel, or a list of panels."""
     bar = figure.colorbar(ScalarMappable(scale.norm, scale.colormap), ax=axes, pad=0.015, fraction=0.03, aspect=22)
-    bar.set_ticks([i + 0.5 for i in range(len(scale.edges))], labels=[f"{edge:.3g}" if edge >= 0.01 else f"{edge:.1e}" for edge in scale.edges])
+    bar.set_ticks(
+        [i + 0.5 for i in range(len(scale.edges))],
+        labels=[f"{edge:.3g}" if edge >= 0.01 else f"{edge:.1e}" for edge in scale.edges],
+    )
     bar.minorticks_off()
     bar.ax.tick_params(labelsize=SMALL, length=0)
     bar.outline.set_visible(False)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ...store.trace import Trace
 from ..quantiles import wasserstein
-from .figure import INK, LARGE, NORMAL, new_figure, number, plain, save, words
+from .figure import INK, LARGE, NORMAL, SIGMA, new_figure, number, plain, save, words
 from .qq_panels import draw_quantiles, draw_scatter
 from .source import Compared, SiteResult, choose_site, compared, site_results
 
@@ -170,13 +170,13 @@ def caption(source: Distributions) -> str:
 
 
 def _in_sigma(value: float | None) -> str:
-    return number(value) if value is None else f"{number(value)} σ"
+    return number(value) if value is None else f"{number(value)} {SIGMA}"
 
 
 def _label(left: Any, right: Any, source: Distributions, unit: float) -> None:
     names = [plain(name or "", 30) for name in (source.comparison.baseline, source.comparison.target)]
-    meaning = f"σ = {number(unit)}" if source.sigma else f"s = {number(unit)}, target's spread"
-    letter = "σ" if source.sigma else "s"
+    meaning = f"{SIGMA} = {number(unit)}" if source.sigma else f"s = {number(unit)}, target's spread"
+    letter = SIGMA if source.sigma else "s"
     left.set_xlabel(f"error of {names[0]} / {letter}   ({meaning})", fontsize=NORMAL, color=INK)
     left.set_ylabel(f"error of {names[1]} / {letter}", fontsize=NORMAL, color=INK)
     right.set_xlabel("share of elements with a smaller error (normal axis)", fontsize=NORMAL, color=INK)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from scipy.special import ndtri
 
-from .figure import BASELINE, FAIL, FAINT, GRID, INK, SMALL, plain, style
+from .figure import BASELINE, FAIL, FAINT, GRID, INK, MINUS, SIGMA, SMALL, plain, style
 
 if TYPE_CHECKING:
     from .qq import Distributions
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _LINEAR_UP_TO = 12.0
 _BULK = (0.01, 0.99)
 _SHARES = (1e-6, 1e-4, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.9999, 1 - 1e-6)
-_NAMES = ("10⁻⁶", "10⁻⁴", "1 %", "10 %", "25 %", "50 %", "75 %", "90 %", "99 %", "1−10⁻⁴", "1−10⁻⁶")
+_NAMES = ("10⁻⁶", "10⁻⁴", "1 %", "10 %", "25 %", "50 %", "75 %", "90 %", "99 %", f"1{MINUS}10⁻⁴", f"1{MINUS}10⁻⁶")
 #: How far beyond the last resolved probability the extremes are drawn, in normal deviates.
 _BEYOND = 0.45
 
@@ -106,7 +106,7 @@ def _label_powers(axis: Any, reach: float) -> None:
     ticks = [-power for power in reversed(powers)] + [0.0, *powers]
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}".replace("-", "−")))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}".replace("-", MINUS)))
 
 
 def _along(reach: float, scaled: bool) -> npt.NDArray[np.float64]:
@@ -115,4 +115,4 @@ def _along(reach: float, scaled: bool) -> npt.NDArray[np.float64]:
 
 
 def _equation(slope: float, intercept: float) -> str:
-    return f"{slope:.3g} x {'−' if intercept < 0 else '+'} {abs(intercept):.2g} σ"
+    return f"{slope:.3g} x {MINUS if intercept < 0 else '+'} {abs(intercept):.2g} {SIGMA}"

@@ -42,7 +42,7 @@ class Scale:
     def height(self, value: float) -> float:
         """asinh(log(value / centre) / width): logarithmic near the limit, compressed far from it.
 
-        Small exceedances stay visible below huge ones: with a limit of 1.2, R = 1, 1.2, 2, 1000 lie at 0, 0.9, 2.0, 4.3.
+        Small exceedances stay visible below huge ones: at a limit of 1.2, R = 1, 1.2, 2, 1000 lie at 0, 0.9, 2, 4.3.
         """
         if value <= 0.0:
             return -math.inf

@@ -50,7 +50,8 @@ class SiteResult:
 
     Attributes:
         measurement: key of its quantiles.
-        site, module, phase: where it is.
+        site, module, phase: where it is in the reference.
+        target_site: what it was compared with; a site may be compared with several, then it has several results.
         value: R, or relative L2 without a baseline; infinite: only the baseline is exact; None: undefined.
         low, high: 95 % interval of R, or None.
         state, verdict: as in `measurements`.
@@ -58,6 +59,7 @@ class SiteResult:
 
     measurement: int
     site: str
+    target_site: str
     module: str
     phase: str
     value: float | None
@@ -117,7 +119,7 @@ def site_results(trace: Trace, comparison: Compared, phase: str | None = None) -
     """
     value = "r_ratio" if comparison.baseline is not None else "relative_l2"
     rows = trace.query(
-        f"""SELECT measurement, site, module, phase, nullif({value}, 'NaN'::DOUBLE) AS value,
+        f"""SELECT measurement, site, target_site, module, phase, nullif({value}, 'NaN'::DOUBLE) AS value,
                    nullif(r_low, 'NaN'::DOUBLE) AS low, nullif(r_high, 'NaN'::DOUBLE) AS high, state, verdict
             FROM measurements WHERE comparison = ? AND prompt IS NULL ORDER BY exec_order, measurement""",  # noqa: S608
         [comparison.name],

@@ -18,10 +18,12 @@ from .scale import Scale
 from .source import Compared, SiteResult, choose_site, compared, site_results
 
 #: More positions than this are pooled: a cell then shows the worst of its positions.
-MOST_CELLS = 1000
+MOST_CELLS = 400
 _WIDTH, _UPPER, _ROW = 13.0, 2.4, 0.16
 _MOST_HEIGHT = 7.0
 _NONFINITE, _UNDEFINED = "#000000", "#FFFFFF"
+#: Stands for both errors being 0, and for no such token.
+_EXACT, _ABSENT = -1.0, -2.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,18 @@ class TokenProfile:
     prompts: list[str]
     positions: npt.NDArray[np.int64]
     values: npt.NDArray[np.float64]
+
+    def records(self) -> list[dict[str, str | int | float | None]]:
+        """One row per token: prompt, position, value (None: undefined)."""
+        rows, columns = np.nonzero(self.values != _ABSENT)
+        return [
+            {
+                "prompt": self.prompts[row],
+                "position": int(self.positions[column]),
+                "value": None if self.values[row, column] < 0 else float(self.values[row, column]),
+            }
+            for row, column in zip(rows.tolist(), columns.tolist(), strict=True)
+        ]
 
 
 def plot_tokens(trace: Trace, comparison: str, path: Path, *, site: tuple[str, str] | None = None) -> None:
@@ -70,9 +84,10 @@ def token_profile(trace: Trace, comparison: Compared, result: SiteResult) -> Tok
                   coalesce(t.baseline_sq, 'NaN'::DOUBLE) AS baseline_sq, t.target_sq
            FROM token_errors t JOIN measurements m USING (comparison, measurement)
            JOIN comparisons c USING (comparison) LEFT JOIN prompts p ON p.run = c.reference AND p.prompt = m.prompt
-           WHERE comparison = ? AND m.site = ? AND m.phase = ? AND m.prompt IS NOT NULL AND t.position >= 0
+           WHERE comparison = ? AND m.site = ? AND m.target_site = ? AND m.phase = ?
+                 AND m.prompt IS NOT NULL AND t.position >= 0
            ORDER BY m.prompt, t.position""",
-        [comparison.name, result.site, result.phase],
+        [comparison.name, result.site, result.target_site, result.phase],
     )
     if not rows.num_rows:
         return TokenProfile(comparison, result, [], np.zeros(0, np.int64), np.zeros((0, 0)))
@@ -81,7 +96,7 @@ def token_profile(trace: Trace, comparison: Compared, result: SiteResult) -> Tok
     known, row = np.unique(prompt, return_inverse=True)
     names = dict(zip(prompt.tolist(), rows.column("id").to_pylist(), strict=True))
     positions = np.arange(position.min(), position.max() + 1)
-    values = np.full((len(known), len(positions)), -2.0)
+    values = np.full((len(known), len(positions)), _ABSENT)
     values[row, position - positions[0]] = _values(*squares, has_baseline=comparison.baseline is not None)
     return TokenProfile(comparison, result, [names[key] for key in known.tolist()], positions, values)
 
@@ -96,10 +111,10 @@ def _values(
     """R = ||t - r|| / (||b - r|| + 1e-12 ||r||) per token, or ||t - r|| / ||r||, from sums of squares."""
     with np.errstate(divide="ignore", invalid="ignore"):
         if not has_baseline:
-            return np.where((target == 0) & (reference == 0), -1.0, np.sqrt(target) / np.sqrt(reference))
+            return np.where((target == 0) & (reference == 0), _EXACT, np.sqrt(target) / np.sqrt(reference))
         ratio = np.sqrt(target) / (np.sqrt(baseline) + 1e-12 * np.sqrt(reference))
     exact = baseline == 0
-    return np.where(exact, np.where(np.isnan(target), np.nan, np.where(target > 0, np.inf, -1.0)), ratio)
+    return np.where(exact, np.where(np.isnan(target), np.nan, np.where(target > 0, np.inf, _EXACT)), ratio)
 
 
 def draw_tokens(source: TokenProfile, path: Path) -> None:
@@ -127,24 +142,21 @@ def draw_tokens(source: TokenProfile, path: Path) -> None:
 def _worst(source: TokenProfile) -> str:
     values = np.where(np.isfinite(source.values), source.values, -3.0)
     row, column = np.unravel_index(int(values.argmax()), values.shape)
-    where = f"at position {source.positions[column]} of {plain(source.prompts[row], 24)}"
+    where = f"at position {source.positions[column]} of prompt {plain(source.prompts[row], 24)}"
     return f"largest {number(float(values[row, column]))} {where}" if values[row, column] > 0 else "all tokens exact"
 
 
 def _draw_positions(axes: Any, source: TokenProfile, scale: Scale) -> None:
     style(axes)
-    positive = np.where(np.isfinite(source.values) & (source.values > 0), source.values, np.nan)
-    some = ~np.isnan(positive).all(axis=0)
-    x = source.positions[some]
-    median, top = np.nanmedian(positive[:, some], axis=0), np.nanmax(positive[:, some], axis=0)
+    x, median, top = by_position(source)
     heights = [np.array([scale.height(value) for value in series]) for series in (median, top)]
+    dots = "o" if len(x) <= 100 else None
     axes.scatter(x, heights[1], s=10, color=FAIL, marker="D", linewidths=0, label="largest of all prompts", zorder=3)
-    axes.plot(x, heights[0], color=BASELINE, linewidth=1.3, marker="o" if len(x) <= 2 else None,
-              label="median of prompts", zorder=4)  # fmt: skip
+    axes.plot(x, heights[0], color=BASELINE, linewidth=1.3, marker=dots, ms=3.5, label="median of prompts", zorder=4)
     limit = scale.height(scale.limit)
     axes.axhline(limit, color=INK, linewidth=1.0, linestyle=LIMIT_DASHES, label=f"limit {scale.limit:.3g}", zorder=1)
-    low = min([-0.5, *heights[0], *heights[1]])
-    high = max([1.2 * limit, 0.5, *heights[0], *heights[1]])
+    drawn = [height for series in heights for height in series if math.isfinite(height)]
+    low, high = min([-0.5, *drawn]), max([1.2 * limit, 0.5, *drawn])
     axes.set_ylim(low - 0.05 * (high - low), high + 0.06 * (high - low))
     axes.set_yticks(*scale.ticks(low, high))
     axes.grid(True, color=GRID, linewidth=0.7)
@@ -168,10 +180,25 @@ def _draw_prompts(axes: Any, source: TokenProfile, scale: Scale) -> None:
     axes.set_ylabel("prompt", fontsize=NORMAL, color=INK)
 
 
+def by_position(source: TokenProfile) -> tuple[npt.NDArray[np.float64], ...]:
+    """Positions, and the median and largest finite value there; NaN where there is none, so that gaps stay gaps.
+
+    With more than `MOST_CELLS` positions, the middles of equally many positions taken together.
+    """
+    finite = np.where(np.isfinite(source.values) & (source.values > 0), source.values, np.nan)
+    width = math.ceil(finite.shape[1] / MOST_CELLS)
+    padded = np.pad(finite, ((0, 0), (0, -finite.shape[1] % width)), constant_values=np.nan)
+    cells = padded.reshape(len(finite), -1, width).transpose(1, 0, 2).reshape(-1, len(finite) * width)
+    some = ~np.isnan(cells).all(axis=1)
+    median, top = np.full(len(cells), np.nan), np.full(len(cells), np.nan)
+    median[some], top[some] = np.nanmedian(cells[some], axis=1), np.nanmax(cells[some], axis=1)
+    return source.positions[0] + width * np.arange(len(cells)) + (width - 1) / 2, median, top
+
+
 def pooled(values: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], int]:
     """At most `MOST_CELLS` columns, each the worst of equally many positions (NaN first), and how many."""
     width = math.ceil(values.shape[1] / MOST_CELLS)
-    padded = np.pad(values, ((0, 0), (0, -values.shape[1] % width)), constant_values=-2.0)
+    padded = np.pad(values, ((0, 0), (0, -values.shape[1] % width)), constant_values=_ABSENT)
     return padded.reshape(len(values), -1, width).max(axis=2), width
 
 
