@@ -12,8 +12,7 @@ from .console import EXIT_CODES, VERDICT_STYLES, Json, TracePath, print_json, pr
 if TYPE_CHECKING:
     from ..analyze.compare import ComparisonSummary
 
-#: Columns of `divergence` that the command line shows.
-_COLUMNS = ("site", "phase", "r_ratio", "r_low", "r_high", "relative_l2", "cosine", "qq_w1", "state", "verdict")
+_COLUMNS = ("site", "in the target", "phase", "R", "95 % interval", "relative L2", "W1", "state", "verdict")
 _BEFORE, _AFTER = 4, 3
 
 
@@ -78,22 +77,23 @@ def print_comparison(trace: Trace, summary: ComparisonSummary, first: dict[str, 
 
     statement = "SELECT * FROM divergence WHERE comparison = ? ORDER BY phase_order(phase), exec_order"
     found = run_sql(trace, statement, [summary.comparison]).to_pylist()
-    rows = [tuple(row[name] for name in _COLUMNS) for row in found]
     if first is not None:
-        place = next(i for i, row in enumerate(found) if row["exec_order"] == first["exec_order"])
+        at = (first["phase"], first["exec_order"])
+        place = next(i for i, row in enumerate(found) if (row["phase"], row["exec_order"]) == at)
         before = [row["r_ratio"] for row in found[:place] if row["r_ratio"] is not None]
-        low, high = max(place - _BEFORE, 0), place + _AFTER + 1
-        print_table(f"{summary.comparison}: around the first divergence", _COLUMNS, rows[low:high])
+        shown = found[max(place - _BEFORE, 0) : place + _AFTER + 1]
+        print_table(f"{summary.comparison}: around the first divergence", _COLUMNS, list(map(_row, shown)))
+        r_ratio = "undefined" if first["r_ratio"] is None else f"{first['r_ratio']:.3g}"
         say(
-            f"first divergent site: {first['site']} ({first['phase']}), target {first['target_site']}, "
-            f"R = {_number(first['r_ratio'])}",
+            f"first divergent site: {first['site']} ({first['phase']}), in the target {first['target_site']}, "
+            f"R = {r_ratio}",
             "bold red",
         )
         if before:
             say(f"the {place} measurements before it: R from {min(before):.3g} to {max(before):.3g}")
     else:
-        ranked = sorted(rows, key=lambda row: -(row[2] if row[2] is not None else -1.0))
-        print_table(f"{summary.comparison}: sites with the largest R", _COLUMNS, ranked[:5])
+        found.sort(key=lambda row: (row["r_ratio"] or -1.0, row["relative_l2"] or -1.0), reverse=True)
+        print_table(f"{summary.comparison}: sites with the largest R", _COLUMNS, list(map(_row, found[:5])))
     say(
         f"verdict: {summary.verdict}; {summary.n_matched} sites matched, {summary.n_unmatched} unmatched, "
         f"{summary.n_skipped} skipped",
@@ -105,5 +105,7 @@ def print_comparison(trace: Trace, summary: ComparisonSummary, first: dict[str, 
         say(f"  which ones: sleuth sql {trace.path} 'FROM coverage_holes'")
 
 
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.3g}"
+def _row(row: dict[str, Any]) -> tuple[Any, ...]:
+    interval = None if row["r_low"] is None else f"{row['r_low']:.4g} .. {row['r_high']:.4g}"
+    numbers = (row["r_ratio"], interval, row["relative_l2"], row["qq_w1"])
+    return (row["site"], row["target_site"], row["phase"], *numbers, row["state"], row["verdict"])
