@@ -66,7 +66,7 @@ class Source(torch.nn.Module):
 def capture_until_killed(folder: str, acknowledged: Connection, seed: int) -> None:
     """Body of the child process."""
     torch.set_num_threads(1)
-    choose = random.Random(seed)  # noqa: S311
+    choose = random.Random(seed)
     trace = Trace.create(folder)
     acknowledged.send(None)
     for run in range(10_000):
@@ -105,7 +105,7 @@ def kill_once(folder: Path, seed: int, outcome: Outcome) -> None:
     child.start()
     sender.close()
     receiver.recv()
-    time.sleep(random.Random(seed).uniform(0.0, 0.8))  # noqa: S311
+    time.sleep(random.Random(seed).uniform(0.0, 0.8))
     child.kill()
     child.join()
     acknowledged: dict[int, tuple[int, str]] = {}

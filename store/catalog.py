@@ -6,10 +6,11 @@ only while rows are ingested, and everybody else waits a while before saying who
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
@@ -74,25 +75,46 @@ def reading(path: Path, *, timeout: float = LOCK_TIMEOUT, external_access: bool 
 def writing(path: Path, *, timeout: float = LOCK_TIMEOUT) -> Iterator[Any]:
     """A writing connection inside one transaction: committed on success, rolled back on an exception.
 
-    The catalog is created if it does not exist, or is empty because its first writer died.
+    The catalog is created if it does not exist.
 
     Raises:
         CatalogLockedError: another process held the catalog for longer than the timeout.
         FormatError: the catalog has an unknown schema version.
         StorageError: the operating system refused to write.
     """
+    if not path.exists():
+        _create(path)
     connection = _connect(path, read_only=False, timeout=timeout)
     try:
         connection.execute("BEGIN")
-        if not connection.execute("SELECT count(*) FROM duckdb_tables()").fetchone()[0]:
-            create_tables(connection)
         _check_version(connection, path)
         yield connection
         connection.execute("COMMIT")
-    except duckdb.IOException as error:
+    except (duckdb.IOException, duckdb.TransactionException) as error:
         raise _storage_error(path, error) from error
     finally:
         connection.close()
+
+
+def _create(path: Path) -> None:
+    """Make an empty catalog that appears at once or not at all, whenever the process dies."""
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    try:
+        connection = _connect(fresh, read_only=False, timeout=0)
+        try:
+            create_tables(connection)
+            connection.execute("CHECKPOINT")
+        finally:
+            connection.close()
+        path.with_name(f"{path.name}.wal").unlink(missing_ok=True)
+        with suppress(FileExistsError):
+            os.link(fresh, path)
+    except duckdb.Error as error:
+        raise _storage_error(path, error) from error
+    finally:
+        fresh.unlink(missing_ok=True)
+        fresh.with_name(f"{fresh.name}.wal").unlink(missing_ok=True)
 
 
 def create_tables(connection: Any) -> None:

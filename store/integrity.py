@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,6 +97,10 @@ def repair(trace: Trace, *, progress: Progress = no_progress) -> list[Salvage]:
             salvages.append(Salvage(run, "", 0, 0, "being written by a live process: left alone"))
             continue
         manifest = _manifest_or_sealed(trace, run)
+        if manifest is None and not any(folder.glob("rank*-*")):
+            shutil.rmtree(folder)
+            salvages.append(Salvage(run, "", 0, 0, "nothing had been recorded: folder removed"))
+            continue
         if manifest is None:
             salvages.append(Salvage(run, "", 0, 0, "no manifest and no sealed shard: nothing can be salvaged"))
             continue
@@ -139,7 +144,8 @@ def _catalogued(trace: Trace, problems: list[str]) -> dict[tuple[str, str], str]
     try:
         rows = trace.query("SELECT run, shard, checksum FROM shards").to_pylist()
     except (TraceNotFoundError, FormatError) as error:
-        problems.append(str(error))
+        if trace.run_names():
+            problems.append(str(error))
         return {}
     return {(row["run"], row["shard"]): row["checksum"] for row in rows}
 
@@ -152,7 +158,9 @@ def _manifest_or_sealed(trace: Trace, run: str) -> RunManifest | None:
     except (TraceNotFoundError, FormatError):
         for path in reversed(trace.shards(run)):
             _, data, _ = read_seal(path)
-            manifest = RunManifest.from_json(data, str(path))
+            found = RunManifest.from_json(data, str(path))
+            # A merged run carries the name and the ordinal it had elsewhere.
+            manifest = replace(found, run=run, ordinal=trace.free_ordinal(found.ordinal))
             write_manifest(folder, manifest)
             return manifest
     return None
@@ -164,6 +172,8 @@ def _salvage(run: str, journal: Path, manifest: RunManifest) -> Salvage:
     header, rows = read_journal(journal)
     if shard.exists():
         verify_shard(shard)
+        if partial.exists():  # an earlier repair died right after salvaging it
+            partial.rename(partial.with_suffix(".damaged"))
         journal.unlink()
         return Salvage(run, shard.name, len(rows), 0, "had been sealed: journal removed")
     if header is None or not rows or not partial.exists():

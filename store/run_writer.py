@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from .errors import RunExistsError, SleuthError, StorageError
+from .errors import RunExistsError, StorageError
 from .index import TensorKey
 from .shard_writer import Content, ShardWriter, content_of, shard_name
 

@@ -103,7 +103,7 @@ def read_seal(path: Path) -> tuple[pa.Table, bytes, str]:
             checksum = bytes(file.attrs["index_checksum"]).decode()
             index = file[INDEX_DATASET][()].tobytes()
             manifest = file[MANIFEST_DATASET][()].tobytes()
-    except (OSError, KeyError, RuntimeError) as error:
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise IntegrityError(f"shard {path} cannot be opened as HDF5 ({error}); it is truncated or damaged") from error
     if xxhash.xxh3_128_hexdigest(index) != checksum:
         raise IntegrityError(f"the index of shard {path} does not match its checksum; restore the file")

@@ -28,11 +28,13 @@ def statistics_of(array: npt.NDArray[Any]) -> Statistics:
     if flat.dtype == np.float32:
         return _from_sums(scan_float32(flat, flat.view(np.int32)), flat.size)
     if flat.dtype == ml_dtypes.bfloat16:
-        return _from_sums(scan_bfloat16(flat.view(np.uint16)), flat.size)
+        return _from_sums(scan_bfloat16(flat.view(np.int16)), flat.size)
     if flat.dtype == np.float16:
-        wide = flat.astype(np.float32)
+        with np.errstate(invalid="ignore"):
+            wide = flat.astype(np.float32)
         return _from_sums(scan_float32(wide, wide.view(np.int32)), flat.size)
-    return _with_numpy(flat)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        return _with_numpy(flat)
 
 
 def _from_sums(sums: Sums, size: int) -> Statistics:

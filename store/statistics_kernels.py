@@ -28,19 +28,51 @@ def _block_sums(values: Any, shift: float) -> Any:
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _block_order(bits: Any) -> Any:
+    # Numba widens integer arithmetic to 64 bits; casting every result back is what lets the loop vectorise.
     low = np.int32(0x7FFFFFFF)
     high = np.int32(-0x80000000)
     largest = np.int32(0)
     zeros = np.int32(0)
     for i in range(bits.size):
         raw = bits[i]
-        magnitude = raw & np.int32(0x7FFFFFFF)
-        ordered = raw ^ ((raw >> np.int32(31)) & np.int32(0x7FFFFFFF))
-        low = min(low, ordered)
-        high = max(high, ordered)
-        largest = max(largest, magnitude)
-        zeros += np.int32(magnitude == 0)
+        magnitude = np.int32(raw & np.int32(0x7FFFFFFF))
+        ordered = np.int32(raw ^ np.int32(np.int32(raw >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+        low = np.int32(min(low, ordered))
+        high = np.int32(max(high, ordered))
+        largest = np.int32(max(largest, magnitude))
+        zeros = np.int32(zeros + np.int32(magnitude == 0))
     return low, high, largest, zeros
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _block_order_of_halves(bits: Any) -> Any:
+    """`_block_order` of a block of bfloat16 bits (int16), widened to float32 bits at the end."""
+    low = np.int16(0x7FFF)
+    high = np.int16(-0x8000)
+    largest = np.int16(0)
+    zeros = np.int16(0)
+    for i in range(bits.size):
+        raw = bits[i]
+        magnitude = np.int16(raw & np.int16(0x7FFF))
+        ordered = np.int16(raw ^ np.int16(np.int16(raw >> np.int16(15)) & np.int16(0x7FFF)))
+        low = np.int16(min(low, ordered))
+        high = np.int16(max(high, ordered))
+        largest = np.int16(max(largest, magnitude))
+        zeros = np.int16(zeros + np.int16(magnitude == 0))
+    return _widen_order(low), _widen_order(high), np.int32(np.int32(largest) << 16), np.int32(zeros)
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _widen_order(ordered: Any) -> Any:
+    """Ordered image of a bfloat16 to the ordered image of the same float32: the low bits follow the sign."""
+    wide = np.int32(np.int32(ordered) << 16)
+    return np.int32(wide | 0xFFFF) if ordered < 0 else wide
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _widen(halves: Any, wide: Any) -> None:
+    for i in range(halves.size):
+        wide[i] = np.int32(halves[i]) << np.int32(16)
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -75,8 +107,8 @@ def _first_finite(values: Any) -> Any:
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _accumulate(values: Any, bits: Any, shift: float, sums: Any, state: Any, counts: Any) -> None:
-    low, high, largest, zeros = _block_order(bits)
+def _accumulate(values: Any, bits: Any, order: Any, shift: float, sums: Any, state: Any, counts: Any) -> None:
+    low, high, largest, zeros = order
     if largest < _INFINITY:
         total, squares = _block_sums(values, shift)
         state[0] = min(state[0], low)
@@ -112,22 +144,23 @@ def scan_float32(values: Any, bits: Any) -> Any:
     sums, state, counts = np.zeros(2), _new_state(), np.zeros(3, np.int64)
     for start in range(0, values.size, _BLOCK):
         stop = min(start + _BLOCK, values.size)
-        _accumulate(values[start:stop], bits[start:stop], shift, sums, state, counts)
+        order = _block_order(bits[start:stop])
+        _accumulate(values[start:stop], bits[start:stop], order, shift, sums, state, counts)
     return _finish(shift, sums, state, counts)
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def scan_bfloat16(halves: Any) -> Any:
-    """`Sums` of a flat bfloat16 array given as uint16: each block is widened to float32 in cache."""
+    """`Sums` of a flat bfloat16 array given as int16: each block is widened to float32 in cache."""
     wide = np.empty(_BLOCK, np.int32)
     values = wide.view(np.float32)
     sums, state, counts = np.zeros(2), _new_state(), np.zeros(3, np.int64)
     shift = 0.0
     for start in range(0, halves.size, _BLOCK):
-        size = min(_BLOCK, halves.size - start)
-        for i in range(size):
-            wide[i] = np.int32(halves[start + i]) << np.int32(16)
+        block = halves[start : start + _BLOCK]
+        size = block.size
+        _widen(block, wide)
         if start == 0:
             shift = _first_finite(values[:size])
-        _accumulate(values[:size], wide[:size], shift, sums, state, counts)
+        _accumulate(values[:size], wide[:size], _block_order_of_halves(block), shift, sums, state, counts)
     return _finish(shift, sums, state, counts)

@@ -184,9 +184,16 @@ class Trace:
         finally:
             os.close(fd)
 
+    def free_ordinal(self, wanted: int) -> int:
+        """The wanted ordinal, or a new one if a run has it."""
+        return self._next_ordinal() if wanted in self._known_ordinals() else wanted
+
     def _next_ordinal(self) -> int:
+        return max(self._known_ordinals(), default=0) + 1
+
+    def _known_ordinals(self) -> list[int]:
         ordinals = [_run_order(self.path / _RUNS / name)[0] for name in self.run_names()]
-        return max((ordinal for ordinal in ordinals if ordinal < _UNKNOWN_ORDINAL), default=0) + 1
+        return [ordinal for ordinal in ordinals if ordinal < _UNKNOWN_ORDINAL]
 
     def _taken(self, run: str) -> str:
         folder = self.run_folder(run)

@@ -66,7 +66,7 @@ def read() -> Read:
 
     def rows(trace: Trace, where: str = "true") -> list[Stored]:
         found = trace.query(
-            "SELECT t.*, path FROM tensors t JOIN shards USING (run, shard) JOIN runs USING (run)"  # noqa: S608
+            "SELECT t.*, path FROM tensors t JOIN shards USING (run, shard) JOIN runs USING (run)"
             f" WHERE {where} ORDER BY ordinal, t.rank, seq"
         ).to_pylist()
         columns = ("path", "dtype", "shape", "file_offset", "nbytes")

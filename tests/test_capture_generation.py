@@ -106,9 +106,7 @@ def test_prompts_of_a_batch_stop_on_their_own(trace: Trace, read: Any, model_fol
     assert (summary.plan.n_tensors, summary.plan.nbytes) == (summary.n_tensors, summary.nbytes)
 
 
-def test_teacher_forcing_feeds_exactly_the_teachers_tokens(
-    trace: Trace, read: Any, model_folder: ModelFolder
-) -> None:
+def test_teacher_forcing_feeds_exactly_the_teachers_tokens(trace: Trace, read: Any, model_folder: ModelFolder) -> None:
     capture(trace, model_folder("llama"), "teacher", generation=Generation(new_tokens=4))
     other = HuggingFaceCapture(
         ModelSource(model_folder("llama"), seed=2), "pupil", "target", teacher="teacher", dtype="bfloat16"
@@ -206,14 +204,18 @@ def test_a_model_whose_routing_depends_on_values_says_why_it_has_no_plan_and_is_
         assert trace.manifest("run").provenance["plan"]["error"]
     else:
         assert summary.plan.n_tensors == summary.n_tensors
-    routers = trace.query("SELECT DISTINCT dims FROM tensors WHERE module LIKE '%.gate' AND phase = 'prefill' AND port = 'output'")
+    routers = trace.query(
+        "SELECT DISTINCT dims FROM tensors WHERE module LIKE '%.gate' AND phase = 'prefill' AND port = 'output'"
+    )
     assert routers.column("dims").to_pylist() == ["(b s) e"]
     assert verify(trace).problems == ()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_random_weights_are_drawn_once_and_cast(model_folder: ModelFolder, architecture: str, dtype: torch.dtype) -> None:
+def test_random_weights_are_drawn_once_and_cast(
+    model_folder: ModelFolder, architecture: str, dtype: torch.dtype
+) -> None:
     source = ModelSource(model_folder(architecture), seed=3)
     full, cast = load_model(source, torch.float32), load_model(source, dtype)
     assert not cast.training

@@ -167,9 +167,13 @@ class Shapes(torch.nn.Module):
 def test_a_batch_stores_the_shapes_and_positions_of_one_by_one_runs(trace: Trace, read: Any, side: str) -> None:
     ids = torch.arange(1, 16).reshape(3, 5) * mask_of(side)
     model = Shapes()
-    with torch.no_grad(), record(trace, model, run="batch", role="reference") as recorder:
-        with recorder.step(layout_from_mask(mask_of(side), 5, phase="prefill", step=0, prompts=range(3))):
-            model(ids)
+    together = layout_from_mask(mask_of(side), 5, phase="prefill", step=0, prompts=range(3))
+    with (
+        torch.no_grad(),
+        record(trace, model, run="batch", role="reference") as recorder,
+        recorder.step(together),
+    ):
+        model(ids)
     with torch.no_grad(), record(trace, model, run="single", role="reference") as recorder:
         for prompt, n in enumerate(LENGTHS):
             layout = StepLayout("prefill", 0, 1, n, (Row(0, prompt, 0, n, 0),))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict, namedtuple
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -323,7 +323,17 @@ def test_calling_a_part_of_the_model_is_recorded_too(trace: Trace, read: Any) ->
 
 def test_module_names_that_look_like_paths_write_nothing_outside_the_trace(trace: Trace, tmp_path: Path) -> None:
     model = nn.Module()
-    names = ("/etc/x", "a/b", "nul\x00byte", "new\nline", "..\\w", "ü" * 200, "x" * 5000, "\u2028", "'; DROP TABLE runs")
+    names = (
+        "/etc/x",
+        "a/b",
+        "nul\x00byte",
+        "new\nline",
+        "..\\w",
+        "ü" * 200,
+        "x" * 5000,
+        "\u2028",
+        "'; DROP TABLE runs",
+    )
     for name in names:
         model._modules[name] = nn.Identity()
     outside = {path for path in tmp_path.rglob("*") if trace.path not in path.parents}
@@ -362,7 +372,13 @@ def test_provenance_tells_where_a_run_came_from(trace: Trace) -> None:
     with (
         torch.no_grad(),
         record(
-            trace, model, run="run", role="baseline", model_name="tiny", prompts=[Prompt(0, "p", None, 3)], provenance=facts
+            trace,
+            model,
+            run="run",
+            role="baseline",
+            model_name="tiny",
+            prompts=[Prompt(0, "p", None, 3)],
+            provenance=facts,
         ),
     ):
         facts["later"] = 2

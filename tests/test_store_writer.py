@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -101,9 +102,7 @@ def test_equal_bytes_of_one_dtype_are_stored_once_per_shard(trace: Trace, read: 
     assert verify(trace).problems == ()
 
 
-def test_a_full_queue_holds_the_producer_up_and_loses_nothing(
-    trace: Trace, read: Any, gate: threading.Event
-) -> None:
+def test_a_full_queue_holds_the_producer_up_and_loses_nothing(trace: Trace, read: Any, gate: threading.Event) -> None:
     run = writer(trace, queue_bytes=1000)
     most = 0
 
@@ -214,7 +213,7 @@ def test_a_full_disk_is_one_storage_error_and_repair_restores_what_was_acknowled
     model = Emit()
     flushed = 0
     with (  # noqa: PT012
-        pytest.raises(StorageError, match="No space left.*free space, then 'sleuth repair"),
+        pytest.raises(StorageError, match=r"No space left.*free space, then 'sleuth repair"),
         record(trace, model, run="run", role="reference", shard_bytes=500_000, queue_bytes=100_000) as recorder,
     ):
         for number in range(100):
@@ -233,12 +232,13 @@ def test_a_full_disk_is_one_storage_error_and_repair_restores_what_was_acknowled
         np.testing.assert_array_equal(tensor.values, np.full(20_000, number, np.float32))
 
 
-@pytest.mark.parametrize("left", [0, 1, 2, 3, 4, 6, 8, 12, 20, 40, 60, 80, 100, 150, 200, 300, 400])
+@pytest.mark.parametrize("left", [0, 1, 2, 3, 4, 8, 20, 80, 200])
 def test_a_disk_that_gets_full_at_the_end_of_the_run_loses_nothing(small_disk: Path, read: Any, left: int) -> None:
     """`left` pages remain when the run ends: sealing, the manifest or the catalog fails, or none of them."""
     trace = Trace.create(small_disk / "trace")
     model = Emit()
     ballast = small_disk / "ballast"
+    refusal = ""
     try:
         with record(trace, model, run="run", role="reference") as recorder:
             model(1)
@@ -246,10 +246,8 @@ def test_a_disk_that_gets_full_at_the_end_of_the_run_loses_nothing(small_disk: P
             fill(ballast)
             os.truncate(ballast, ballast.stat().st_size - left * 4096)
     except StorageError as error:
-        assert "No space left" in str(error)
-        assert "free space, then 'sleuth" in str(error)
-    else:
-        assert left > 100
+        refusal = str(error)
+    assert left > 4 if not refusal else re.search(r"No space left.*free space, then 'sleuth", refusal)
     ballast.unlink()
     repair(trace)
     assert verify(trace).problems == ()
