@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich import progress as bars
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 

@@ -50,7 +50,8 @@ def test_a_planted_bug_is_named_at_its_site(trace: Trace, fault: str) -> None:
     assert fnmatchcase(first["target_site"].partition("[")[0], FAULTS[fault].site)
     assert first["phase"] == FAULTS[fault].phase
     before = trace.query(
-        "SELECT max(r_ratio) AS r FROM measurements WHERE prompt IS NULL AND verdict = 'pass' AND phase = ? AND exec_order < ?",
+        """SELECT max(r_ratio) AS r FROM measurements
+           WHERE prompt IS NULL AND verdict = 'pass' AND phase = ? AND exec_order < ?""",
         [first["phase"], first["exec_order"]],
     ).to_pylist()
     assert before[0]["r"] is None or before[0]["r"] < 1.2

@@ -273,7 +273,8 @@ def test_anything_else_is_one_clear_line(small: Trace, statement: str, message: 
 
 def test_external_access_reads_files_and_still_writes_none(small: Trace, tmp_path: Path) -> None:
     (tmp_path / "expected.csv").write_text("site,limit\nmodel.layers.1.mlp,2\n")
-    joined = f"SELECT d.site FROM divergence d JOIN '{tmp_path}/expected.csv' e ON d.site = e.site AND d.r_ratio > e.limit"
+    expected = f"'{tmp_path}/expected.csv'"
+    joined = f"SELECT d.site FROM divergence d JOIN {expected} e ON d.site = e.site AND d.r_ratio > e.limit"
     assert run_sql(small, joined, external_access=True).num_rows == 1
     target = tmp_path / "out.csv"
     for write in ("COPY runs TO '{}'", "EXPLAIN ANALYZE COPY runs TO '{}'", "COPY (PIVOT runs ON dtype) TO '{}'"):
