@@ -1,9 +1,9 @@
 """What capturing costs: time beyond the bare forward pass, against the two simplest ways to dump tensors.
 
-Every variant keeps the outputs of all modules of one Llama-like model (134M parameters, random initialisation, one
-prompt of 512 tokens) and ends with its data synced to the device:
+Every variant keeps the outputs of all modules of one Llama-like model (134M parameters, random initialisation, four
+prompts of 512 tokens, one after the other) and ends with its data synced to the device:
 
-    bare        the forward pass alone
+    bare        the forward passes alone
     record      `tensorsleuth` as a user runs it: index, statistics, checksums, catalog, weights fingerprint
     torch.save  a hook that saves each tensor to a file of its own
     raw file    a hook that writes each tensor's bytes to one file
@@ -38,6 +38,7 @@ from tensorsleuth.store.hdf5_file import sync_folder
 from tensorsleuth.store.trace import Trace
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+N_PROMPTS = 4
 N_TOKENS = 512
 N_THREADS = 2
 #: Largest accepted time beyond the bare forward, as a multiple of the same time of the named variant.
@@ -57,7 +58,8 @@ Variant = Callable[[Model, torch.Tensor, Path], None]
 
 
 def forward(model: Model, ids: torch.Tensor) -> None:
-    model(input_ids=ids, use_cache=False)
+    for prompt in ids:
+        model(input_ids=prompt[None], use_cache=False)
 
 
 def bare(model: Model, ids: torch.Tensor, folder: Path) -> None:
@@ -66,9 +68,10 @@ def bare(model: Model, ids: torch.Tensor, folder: Path) -> None:
 
 def recorded(model: Model, ids: torch.Tensor, folder: Path) -> None:
     trace = Trace.create(folder / "trace")
-    layout = StepLayout("prefill", 0, 1, N_TOKENS, (Row(0, 0, 0, N_TOKENS, 0),))
-    with record(trace, model, run="run", role="reference") as recorder, recorder.step(layout):
-        forward(model, ids)
+    with record(trace, model, run="run", role="reference") as recorder:
+        for prompt in range(N_PROMPTS):
+            with recorder.step(StepLayout("prefill", 0, 1, N_TOKENS, (Row(0, prompt, 0, N_TOKENS, 0),))):
+                forward(model, ids[prompt : prompt + 1])
 
 
 def empty_run(model: Model, ids: torch.Tensor, folder: Path) -> None:
@@ -155,7 +158,7 @@ def measure(dtype: torch.dtype, repeats: int, parent: Path) -> bool:
     """Print one table; returns whether every limit is kept."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**CONFIG), dtype=dtype).eval()
-    ids = torch.randint(0, CONFIG["vocab_size"], (1, N_TOKENS))
+    ids = torch.randint(0, CONFIG["vocab_size"], (N_PROMPTS, N_TOKENS))
     n_tensors, nbytes = volume(model, ids)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
@@ -167,7 +170,7 @@ def measure(dtype: torch.dtype, repeats: int, parent: Path) -> bool:
     median = {name: statistics.median(values) for name, values in seconds.items()}
     extra = {name: median[name] - median["bare"] for name in ("record", "torch.save", "raw file")}
     print(
-        f"\n{str(dtype).removeprefix('torch.')}: {n_parameters / 1e6:.0f}M parameters, {N_TOKENS} tokens, "
+        f"\n{str(dtype).removeprefix('torch.')}: {n_parameters / 1e6:.0f}M parameters, {N_PROMPTS} x {N_TOKENS} tokens, "
         f"{n_tensors} tensors, {nbytes / 1e6:.0f} MB, {N_THREADS} threads, {repeats} repeats"
     )
     print(

@@ -232,7 +232,8 @@ def test_two_runs_without_a_baseline_are_held_against_a_tolerance(trace: Trace) 
 
 def test_comparing_again_replaces_the_earlier_result(trace: Trace) -> None:
     judge(trace, R, B, T)
-    counts = "SELECT (SELECT count(*) FROM measurements) m, (SELECT count(*) FROM coverage) c, (SELECT count(*) FROM token_errors) t"
+    tables = ("measurements", "coverage", "token_errors")
+    counts = "SELECT " + ", ".join(f"(SELECT count(*) FROM {table})" for table in tables)
     before = trace.query(counts).to_pylist()
     assert run_compare(trace).verdict == "pass"
     assert trace.query(counts).to_pylist() == before
