@@ -7,60 +7,21 @@ comparable: a free-running target that chose another token is computing somethin
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ..store.dims import by_position
 from ..store.trace import Trace
 from .measure import Triple
-from .sites import Site
+from .ranks import Columns, Stored
 
 #: Mapped pages are released after about this many bytes, counting each element of a triple as three float32.
 _MAPPED_BYTES = 64 << 20
 _BYTES_PER_TRIPLE = 12
-_FIELDS = """run, prompt, phase, step, call, module, port, slot, dims, position_start, position_count, dtype, shape,
-    nbytes, file_offset"""
-_CHUNK_QUERY = f"""
-SELECT {_FIELDS}, s.path
-FROM tensors t JOIN shards s USING (run, rank, shard)
-WHERE rank = 0 AND phase <> 'static' AND (run, module, port, slot, call) IN (
-    SELECT w.run, w.module, w.port, w.slot, w.call
-    FROM (SELECT unnest(?::STRUCT(run VARCHAR, module VARCHAR, port VARCHAR, slot VARCHAR, call INTEGER)[]) AS w))
-ORDER BY run, prompt, step, phase DESC
-"""  # noqa: S608 (fixed names)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One stored tensor of a site, values unread."""
-
-    prompt: int
-    phase: str
-    step: int
-    dims: str
-    position_start: int | None
-    position_count: int | None
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    offset: int
-    path: str
-
-    @property
-    def features(self) -> int:
-        """Elements per position, or of the whole tensor without positions."""
-        return math.prod(self.shape) // max(self.position_count or 1, 1)
-
-    def rows(self, trace: Trace, columns: tuple[int, int] | None = None) -> npt.NDArray[Any]:
-        """The values as `[positions, features]`, mapped from the shard; only some features when asked."""
-        values = by_position(trace.values(self.path, self.dtype, self.shape, self.offset, self.nbytes), self.dims)
-        return values if columns is None else np.ascontiguousarray(values[:, columns[0] : columns[1]])
+#: Elements that are put together at a time where reading means copying.
+_COPIED_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -123,30 +84,12 @@ def _common_prefix(sequences: Sequence[tuple[int, ...]]) -> int:
     return length
 
 
-def load_sites(trace: Trace, wanted: Iterable[tuple[str, Site]]) -> dict[tuple[str, Site], list[Stored]]:
-    """The stored tensors of some sites of some runs, in the order in which positions were computed."""
-    keys = [
-        {"run": run, "module": site.module, "port": site.port, "slot": site.slot, "call": site.call}
-        for run, site in wanted
-    ]
-    found: dict[tuple[str, Site], list[Stored]] = {}
-    for row in trace.query(_CHUNK_QUERY, [keys]).to_pylist():
-        site = Site(row["module"], row["port"], row["slot"], row["call"])
-        stored = Stored(
-            -1 if row["prompt"] is None else row["prompt"],
-            row["phase"],
-            row["step"],
-            row["dims"],
-            row["position_start"],
-            row["position_count"],
-            row["dtype"],
-            tuple(row["shape"]),
-            row["nbytes"],
-            row["file_offset"],
-            row["path"],
-        )
-        found.setdefault((row["run"], site), []).append(stored)
-    return found
+@dataclass(frozen=True)
+class Selection:
+    """Which features of two sites correspond: ranges of the reference and of the target, None for all."""
+
+    reference: Columns | None = None
+    target: Columns | None = None
 
 
 class AlignedSite:
@@ -156,10 +99,10 @@ class AlignedSite:
         self,
         trace: Trace,
         pieces: Sequence[tuple[range, tuple[Stored, Stored | None, Stored]]],
-        columns: tuple[int, int] | None,
+        selection: Selection,
     ) -> None:
         """`pieces` are ranges of positions with the tensors that hold them."""
-        self._trace, self._pieces, self._columns = trace, pieces, columns
+        self._trace, self._pieces, self._selection = trace, pieces, selection
 
     @property
     def n_positions(self) -> int:
@@ -173,9 +116,9 @@ class AlignedSite:
 
     def clash(self) -> str | None:
         """Why the tensors cannot be compared element by element, or None."""
+        chosen = self._selection
         for _, (reference, baseline, target) in self._pieces:
-            start, stop = self._columns or (0, target.features)
-            if not reference.features == stop - start <= target.features:
+            if _width(reference, chosen.reference) != _width(target, chosen.target):
                 return f"target {_shape(target)} against reference {_shape(reference)}"
             if baseline is not None and baseline.features != reference.features:
                 return f"baseline {_shape(baseline)} against reference {_shape(reference)}"
@@ -186,24 +129,34 @@ class AlignedSite:
     def __iter__(self) -> Iterator[Triple]:
         """Read the pieces; may be repeated. Mapped pages are given back on the way, so that memory stays bounded."""
         mapped = 0
-        for positions, (reference, baseline, target) in self._pieces:
+        chosen = self._selection
+        for positions, (reference, baseline, target) in self._small_pieces():
             mapped += len(positions) * reference.features * _BYTES_PER_TRIPLE
             if mapped > _MAPPED_BYTES:
                 self._trace.release_pages()
                 mapped = 0
             yield Triple(
-                _slice(reference, reference.rows(self._trace), positions),
-                None if baseline is None else _slice(baseline, baseline.rows(self._trace), positions),
-                _slice(target, target.rows(self._trace, self._columns), positions),
+                reference.rows(self._trace, positions, chosen.reference),
+                None if baseline is None else baseline.rows(self._trace, positions, chosen.reference),
+                target.rows(self._trace, positions, chosen.target),
                 np.arange(positions.start, positions.stop),
             )
+
+    def _small_pieces(self) -> Iterator[tuple[range, tuple[Stored, Stored | None, Stored]]]:
+        """The pieces, cut further where reading them makes copies."""
+        for positions, tensors in self._pieces:
+            copied = self._selection != Selection() or any(t is not None and len(t.parts) > 1 for t in tensors)
+            size = max(1, _COPIED_ELEMENTS // max(tensors[0].features, tensors[2].features, 1))
+            step = size if copied and tensors[2].position_start is not None else max(len(positions), 1)
+            for start in range(positions.start, positions.stop, step):
+                yield range(start, min(start + step, positions.stop)), tensors
 
 
 def align(
     trace: Trace,
     tensors: Sequence[Sequence[Stored] | None],
     prompts: Sequence[PromptPair],
-    columns: tuple[int, int] | None,
+    selection: Selection,
 ) -> Mapping[str, Mapping[int, AlignedSite]]:
     """Align one site.
 
@@ -211,7 +164,7 @@ def align(
         trace: the trace.
         tensors: stored tensors of the reference, the baseline (None without one) and the target.
         prompts: prompts that the runs share.
-        columns: features of the target to compare, None for all.
+        selection: features to compare.
 
     Returns:
         For each phase of the target, for each prompt of the reference, what can be compared.
@@ -222,9 +175,9 @@ def align(
         chosen = [_of_prompt(reference, pair.prompt), _of_prompt(target, pair.target)]
         if baseline is not None and pair.baseline is not None:
             chosen.insert(1, _of_prompt(baseline, pair.baseline))
-        for phase, pieces in _pieces(chosen, pair.n_common).items():
+        for phase, pieces in _pieces(chosen, pair.n_common, whole=selection == Selection()).items():
             full = [(r, (s[0], s[1] if len(s) == 3 else None, s[-1])) for r, s in pieces]
-            aligned.setdefault(phase, {})[pair.prompt] = AlignedSite(trace, full, columns)
+            aligned.setdefault(phase, {})[pair.prompt] = AlignedSite(trace, full, selection)
     return aligned
 
 
@@ -232,10 +185,12 @@ def _of_prompt(tensors: Sequence[Stored] | None, prompt: int) -> list[Stored]:
     return [stored for stored in tensors or () if stored.prompt in (prompt, -1)]
 
 
-def _pieces(runs: Sequence[Sequence[Stored]], limit: int | None) -> dict[str, list[tuple[range, tuple[Stored, ...]]]]:
+def _pieces(
+    runs: Sequence[Sequence[Stored]], limit: int | None, *, whole: bool
+) -> dict[str, list[tuple[range, tuple[Stored, ...]]]]:
     """Split the shared positions where any run changes from one tensor to the next."""
     if any(stored.position_start is None for run in runs for stored in run):
-        return _whole_tensors(runs)
+        return _whole_tensors(runs, whole=whole)
     owners = [_first_computed(run) for run in runs]
     target_owner = owners[-1]
     shared = sorted(set(target_owner).intersection(*owners[:-1]))
@@ -269,23 +224,35 @@ def _runs_of(positions: Sequence[int], owners: Sequence[dict[int, Stored]]) -> I
     yield start, positions[-1] + 1
 
 
-def _whole_tensors(runs: Sequence[Sequence[Stored]]) -> dict[str, list[tuple[range, tuple[Stored, ...]]]]:
-    """Tensors without positions are compared whole, those of the same phase and step with each other."""
-    by_step = [{(stored.phase, stored.step): stored for stored in run} for run in runs]
+def _whole_tensors(
+    runs: Sequence[Sequence[Stored]], *, whole: bool
+) -> dict[str, list[tuple[range, tuple[Stored, ...]]]]:
+    """Tensors without positions are compared whole, those of the same phase and step with each other.
+
+    Where sizes depend on the data (the tokens routed to an expert) and all features are compared, steps in which the
+    runs differ in size are left out: their elements do not correspond.
+    """
+    by_step = [{(s.phase, s.step): replace(s, position_start=None, position_count=None) for s in run} for run in runs]
+    varying = whole and any(len({stored.features for stored in steps.values()}) > 1 for steps in by_step)
     pieces: dict[str, list[tuple[range, tuple[Stored, ...]]]] = {}
     for key in by_step[-1]:
-        if all(key in steps for steps in by_step):
-            phase, step = key
-            pieces.setdefault(phase, []).append((range(step, step + 1), tuple(steps[key] for steps in by_step)))
+        if not all(key in steps for steps in by_step):
+            continue
+        tensors = tuple(steps[key] for steps in by_step)
+        if varying and len({stored.features for stored in tensors}) > 1:
+            continue
+        phase, step = key
+        pieces.setdefault(phase, []).append((range(step, step + 1), tensors))
     return pieces
+
+
+def _width(stored: Stored, columns: Columns | None) -> int:
+    """Features that are compared, -1 when the tensor does not have the ones asked for."""
+    if columns is None:
+        return stored.features
+    inside = all(0 <= start <= stop <= stored.features for start, stop in columns)
+    return sum(stop - start for start, stop in columns) if inside else -1
 
 
 def _shape(stored: Stored) -> str:
     return f"{list(stored.shape)}" + (f" ({stored.dims})" if stored.dims else "")
-
-
-def _slice(stored: Stored, rows: npt.NDArray[Any], positions: range) -> npt.NDArray[Any]:
-    if stored.position_start is None:
-        return rows.reshape(1, rows.size)
-    first = positions.start - stored.position_start
-    return rows[first : first + len(positions)]

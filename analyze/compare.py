@@ -5,18 +5,24 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from ..store import catalog
 from ..store.errors import InputError
 from ..store.progress import Progress, no_progress
 from ..store.trace import Trace
-from .align import AlignedSite, PromptPair, Stored, align, load_sites, match_prompts
+from .align import AlignedSite, PromptPair, Selection, align, match_prompts
+from .coverage import CoverageReport, Covered, doubts_about_coverage, store_coverage
 from .doubts import doubts_about
-from .mapping import Gap, Pair, SiteMapping, map_by_name
+from .loading import load_sites
+from .matching import map_runs
 from .measure import measure
 from .moments import NONFINITE
+from .pairs import Gap, Pair, SiteMapping
+from .rank_doubts import doubts_about_ranks
+from .ranks import Stored
 from .results import Judged, ResultWriter
 from .sites import Site, SiteInfo, sites_of
 from .sql_library import install
@@ -38,6 +44,7 @@ class ComparisonRequest:
         thresholds: limits for the verdicts.
         include: globs over reference module paths to compare; all by default.
         exclude: globs over reference module paths to leave out.
+        mapping: a component_mapping.json that overrides the automatic mapping.
     """
 
     reference: str
@@ -47,6 +54,7 @@ class ComparisonRequest:
     thresholds: Thresholds = field(default_factory=Thresholds)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    mapping: Path | None = None
 
     @property
     def comparison(self) -> str:
@@ -67,16 +75,6 @@ class ComparisonSummary:
     n_measurements: int
 
 
-@dataclass(frozen=True)
-class _Covered:
-    """A pair and how much of it could be compared."""
-
-    pair: Pair
-    phases: tuple[str, ...]
-    n_compared: int
-    n_expected: int
-
-
 def compare(trace: Trace, request: ComparisonRequest, *, progress: Progress = no_progress) -> ComparisonSummary:
     """Compare runs of a trace site by site; results replace an earlier comparison of the same name.
 
@@ -84,17 +82,23 @@ def compare(trace: Trace, request: ComparisonRequest, *, progress: Progress = no
 
     Raises:
         TraceNotFoundError: a run does not exist.
-        InputError: the request contradicts itself.
+        InputError: the request contradicts itself, or its mapping file does not fit the runs.
         IntegrityError: a shard is damaged.
     """
     _check(request)
-    reference, target = sites_of(trace, request.reference), sites_of(trace, request.target)
-    mapping = map_by_name(reference, target, include=request.include, exclude=request.exclude)
+    runs = (request.reference, request.baseline, request.target)
+    for run in runs:
+        if run is not None:
+            trace.manifest(run)
+    prompts = match_prompts(trace, *runs)
+    mapped = map_runs(
+        trace, runs, prompts, include=request.include, exclude=request.exclude, file=request.mapping, progress=progress
+    )
+    mapping = mapped.mapping
     if request.baseline is not None:
         mapping = _with_baseline(mapping, sites_of(trace, request.baseline))
-    prompts = match_prompts(trace, request.reference, request.baseline, request.target)
-    chunks = _chunks(mapping.pairs, {info.site: info.n_tensors for info in reference})
-    covered: list[_Covered] = []
+    chunks = _chunks(mapping.pairs, {info.site: info.n_tensors for info in mapped.reference})
+    covered: list[Covered] = []
     verdicts: list[str] = []
     with ResultWriter(trace.path, request.comparison) as results:
         for number, (pair, aligned, expected) in enumerate(_aligned_pairs(trace, request, chunks, prompts)):
@@ -104,25 +108,23 @@ def compare(trace: Trace, request: ComparisonRequest, *, progress: Progress = no
             results.add(rows)
             trace.release_pages()
             compared = sum(site.n_positions for phase in aligned.values() for site in phase.values())
-            covered.append(_Covered(pair, tuple(aligned), compared, expected))
-        matched = [item for item in covered if item.n_compared > 0]
-        paired = {item.pair.reference for item in matched}
-        gaps = [*mapping.gaps, *(_empty(item) for item in covered if item.pair.reference not in paired)]
-        unmatched = [gap for gap in gaps if gap.status == "unmatched"]
+            covered.append(Covered(pair, tuple(aligned), compared, expected))
+        report = CoverageReport.of(covered, mapping, {info.site: info.exec_order for info in mapped.reference})
         doubts = doubts_about(trace, request.reference, request.baseline, request.target, prompts)
-        doubts += _partly_compared(matched)
-        verdict, reasons = overall_verdict(verdicts, len(unmatched), doubts)
+        doubts += doubts_about_ranks(trace, request.target, [pair.target for pair in mapping.pairs])
+        doubts += doubts_about_coverage(report)
+        verdict, reasons = overall_verdict(verdicts, len(report.unmatched), doubts)
         summary = ComparisonSummary(
             request.comparison,
             verdict,
             tuple(reasons),
-            len(paired),
-            len(unmatched),
-            len(gaps) - len(unmatched),
+            report.n_matched,
+            len(report.unmatched),
+            len(report.gaps) - len(report.unmatched),
             results.n_measurements,
         )
         with catalog.writing(trace.catalog_path) as connection:
-            _store(connection, request, summary, matched, gaps, {info.site: info.exec_order for info in reference})
+            _store(connection, request, summary, report)
             results.commit(connection)
             install(connection, temporary=False)
     return summary
@@ -145,7 +147,8 @@ def _with_baseline(mapping: SiteMapping, baseline: Sequence[SiteInfo]) -> SiteMa
     known = {info.site for info in baseline if not info.n_statistics_only}
     missing = [pair for pair in mapping.pairs if pair.reference not in known]
     holes = [Gap(pair.reference, "unmatched", "the baseline did not record this site's values") for pair in missing]
-    return SiteMapping(tuple(pair for pair in mapping.pairs if pair.reference in known), (*mapping.gaps, *holes))
+    kept = tuple(pair for pair in mapping.pairs if pair.reference in known)
+    return replace(mapping, pairs=kept, gaps=(*mapping.gaps, *dict.fromkeys(holes)))
 
 
 def _chunks(pairs: Sequence[Pair], n_tensors: Mapping[Site, int]) -> list[list[Pair]]:
@@ -175,7 +178,8 @@ def _aligned_pairs(
             reference = stored.get((request.reference, pair.reference), [])
             baseline = stored.get((request.baseline, pair.reference), []) if request.baseline else None
             target = stored.get((request.target, pair.target), [])
-            yield pair, align(trace, (reference, baseline, target), prompts, pair.columns), _n_positions(reference)
+            selection = Selection(pair.reference_columns, pair.columns)
+            yield pair, align(trace, (reference, baseline, target), prompts, selection), _n_positions(reference)
 
 
 def _n_positions(tensors: Sequence[Stored]) -> int:
@@ -213,34 +217,7 @@ def _judge(
             yield Judged(pair, exec_order, phase, prompt, one, one.state, verdict)
 
 
-def _empty(item: _Covered) -> Gap:
-    return Gap(item.pair.reference, "unmatched", f"{item.pair.target.name} shares no prompt and position with it")
-
-
-def _partly_compared(matched: Sequence[_Covered]) -> list[str]:
-    """A doubt when sites were compared at only some positions; heads that compute the last token only are exempt."""
-    partial = [
-        item
-        for item in matched
-        if item.n_compared < item.n_expected and item.pair.reference.module.rpartition(".")[2] not in ("", "lm_head")
-    ]
-    if not partial:
-        return []
-    worst = min(partial, key=lambda item: item.n_compared / item.n_expected)
-    return [
-        f"{len(partial)} sites were compared at only some positions, for example {worst.pair.reference.name} at "
-        f"{worst.n_compared} of {worst.n_expected}"
-    ]
-
-
-def _store(
-    connection: Any,
-    request: ComparisonRequest,
-    summary: ComparisonSummary,
-    matched: Sequence[_Covered],
-    gaps: Sequence[Gap],
-    order: Mapping[Site, int],
-) -> None:
+def _store(connection: Any, request: ComparisonRequest, summary: ComparisonSummary, report: CoverageReport) -> None:
     """Replace the comparison's rows in the catalog, except for the measurements themselves."""
     name = request.comparison
     catalog.forget_comparison(connection, name)
@@ -265,51 +242,11 @@ def _store(
     catalog.insert(
         connection,
         "mappings",
-        {"mapping": [name], "reference": [request.reference], "target": [request.target], "origin": ["auto"]},
-    )
-    pairs = [item.pair for item in matched]
-    catalog.insert(
-        connection,
-        "mapping_entries",
         {
-            "mapping": [name] * len(pairs),
-            "entry": list(range(len(pairs))),
-            "reference_sites": [[pair.reference.name] for pair in pairs],
-            "target_sites": [[pair.target.name] for pair in pairs],
-            "transform": [pair.transform for pair in pairs],
-            "transform_spec": [
-                json.dumps({"axis": -1, "start": pair.columns[0], "stop": pair.columns[1]}) if pair.columns else None
-                for pair in pairs
-            ],
-            "score": [pair.score for pair in pairs],
-            "reason": [pair.reason for pair in pairs],
+            "mapping": [name],
+            "reference": [request.reference],
+            "target": [request.target],
+            "origin": [report.mapping.origin],
         },
     )
-    rows = _matched_rows(matched, order)
-    rows += [(gap.site.name, "", order[gap.site], gap.status, gap.reason) for gap in gaps]
-    catalog.insert(
-        connection,
-        "coverage",
-        {
-            "comparison": [name] * len(rows),
-            **{
-                column: [row[index] for row in rows]
-                for index, column in enumerate(("site", "phase", "exec_order", "status", "reason"))
-            },
-        },
-    )
-
-
-def _matched_rows(matched: Sequence[_Covered], order: Mapping[Site, int]) -> list[tuple[str, str, int, str, str]]:
-    by_site: dict[Site, list[_Covered]] = {}
-    for item in matched:
-        by_site.setdefault(item.pair.reference, []).append(item)
-    return [
-        (site.name, ",".join(items[0].phases), order[site], "matched", "; ".join(map(_coverage_reason, items)))
-        for site, items in by_site.items()
-    ]
-
-
-def _coverage_reason(item: _Covered) -> str:
-    part = "" if item.n_compared == item.n_expected else f" ({item.n_compared} of {item.n_expected} positions)"
-    return f"{item.pair.target.name}: {item.pair.reason}{part}"
+    store_coverage(connection, name, report)

@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..store import catalog
-from .mapping import Pair
 from .measure import PROBABILITIES, Measurement
+from .pairs import Pair
 
 _NUMBERS = (
     "reference_norm",

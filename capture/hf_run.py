@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,7 +13,8 @@ from ..store.errors import InputError
 from ..store.manifest import Prompt, PromptTokens
 from ..store.progress import Progress, no_progress
 from ..store.trace import Trace
-from .generate import CausalModel, Generation, run_batch
+from .drive import bare_prefill, observer_effect, run_prompts
+from .generate import CausalModel, Generation
 from .hf import (
     HuggingFaceCausalModel,
     ModelSource,
@@ -134,7 +134,7 @@ def capture_hugging_face(
         "attention": getattr(model.config, "_attn_implementation", None),
         "teacher": capture.teacher,
         "generation": {k: v for k, v in asdict(capture.generation).items() if k != "stop_tokens"},
-        "selection": _selection_facts(capture.selection),
+        "selection": selection_facts(capture.selection),
         "plan": plan.as_dict() if plan else {"error": plan_error},
     }
     seconds = run_recorded(
@@ -186,11 +186,10 @@ def run_recorded(
     """
     tokens: list[PromptTokens] = []
     listing = [Prompt(index, p.id, p.text, len(p.token_ids)) for index, p in enumerate(prompts)]
-    batches = list(generation.batches(prompts))
     with torch.no_grad():
         progress("forward without hooks", 0, 1)
         started = time.perf_counter()
-        bare = _prefill_logits(adapter, batches[0], generation)
+        bare = bare_prefill(adapter, prompts, generation)
         facts["bare_prefill_seconds"] = time.perf_counter() - started
         started = time.perf_counter()
         facts["observer_effect"] = {"checked": False}
@@ -207,27 +206,8 @@ def run_recorded(
             provenance=facts,
             statistics_only=statistics_only,
         ) as recorder:
-            for number, (first, batch) in enumerate(batches):
-                progress("capture", number, len(batches))
-                seen: list[torch.Tensor] = []
-                continuations = run_batch(
-                    adapter,
-                    batch,
-                    first,
-                    generation,
-                    recorder.step,
-                    on_logits=lambda step, logits, seen=seen: seen.append(logits.clone()) if step == 0 else None,  # type: ignore[misc]
-                )
-                if number == 0:
-                    facts["observer_effect"] = _observer_effect(bare, seen[0])
-                tokens.extend(
-                    PromptTokens(
-                        first + row,
-                        (*prompt.token_ids, *continuation),
-                        len(prompt.token_ids) if prompt.forced is not None else None,
-                    )
-                    for row, (prompt, continuation) in enumerate(zip(batch, continuations, strict=True))
-                )
+            captured = run_prompts(adapter, prompts, generation, recorder.step, tokens=tokens, progress=progress)
+            facts["observer_effect"] = observer_effect(bare, captured)
             progress("store", 0, 1)
     return time.perf_counter() - started
 
@@ -258,30 +238,6 @@ def try_plan(
     return plan, None
 
 
-def _prefill_logits(
-    adapter: CausalModel, batch: tuple[int, Sequence[EncodedPrompt]], generation: Generation
-) -> torch.Tensor:
-    first, prompts = batch
-    seen: list[torch.Tensor] = []
-    run_batch(
-        adapter,
-        [replace(prompt, forced=()) for prompt in prompts],
-        first,
-        generation,
-        lambda _: nullcontext(),
-        on_logits=lambda _, logits: seen.append(logits.clone()),
-    )
-    return seen[0]
-
-
-def _observer_effect(bare: torch.Tensor, captured: torch.Tensor) -> dict[str, Any]:
-    same = bare.shape == captured.shape and torch.equal(
-        bare.contiguous().view(torch.uint8), captured.contiguous().view(torch.uint8)
-    )
-    difference = float((bare.double() - captured.double()).abs().max()) if bare.shape == captured.shape else None
-    return {"checked": True, "identical": same, "max_abs_difference": difference}
-
-
 def _follow(prompts: Sequence[EncodedPrompt], trace: Trace, teacher: str) -> list[EncodedPrompt]:
     known = {prompt.token_ids: prompt.forced for prompt in teacher_prompts(trace.manifest(teacher))}
     for prompt in prompts:
@@ -290,7 +246,7 @@ def _follow(prompts: Sequence[EncodedPrompt], trace: Trace, teacher: str) -> lis
     return [replace(prompt, forced=known[prompt.token_ids]) for prompt in prompts]
 
 
-def _selection_facts(selection: Selection) -> dict[str, Any]:
+def selection_facts(selection: Selection) -> dict[str, Any]:
     positions = selection.positions
     return {
         "include": list(selection.include),

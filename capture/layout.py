@@ -7,11 +7,13 @@ tensor per prompt that holds real positions only: padding is never stored and ne
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from ..store.dims import Axis, parse_dims
 from ..store.errors import InputError
 
 
@@ -122,7 +124,13 @@ def infer_dims(shape: Sequence[int], batch: int, length: int, *, last_only: bool
 
 
 def cut(
-    tensor: torch.Tensor, layout: StepLayout | None, *, last_only: bool, positions: range | None = None
+    tensor: torch.Tensor,
+    layout: StepLayout | None,
+    *,
+    last_only: bool,
+    positions: range | None = None,
+    dims: str | None = None,
+    part: int = 0,
 ) -> Iterator[Cut]:
     """Split a captured tensor by prompt and drop padding.
 
@@ -131,23 +139,44 @@ def cut(
         layout: layout of the forward pass, None for a model without tokens.
         last_only: see `infer_dims`.
         positions: keep only these token positions (a `range` with step 1).
+        dims: its axes where they are known, None to infer them.
+        part: which part of a sharded position axis (`b s[tp] h`) this tensor is.
     """
     if layout is None:
         yield Cut(None, tensor, "", None, None)
         return
-    dims = infer_dims(tensor.shape, layout.batch, layout.length, last_only=last_only)
+    if dims is None:
+        dims = infer_dims(tensor.shape, layout.batch, layout.length, last_only=last_only)
     if not dims:
         whole = len(layout.rows) == 1
         yield Cut(layout.rows[0].prompt if whole else None, tensor, "", None, None)
         return
     only_last = last_only and tensor.ndim == 3 and tensor.shape[1] == 1 and layout.length > 1
+    axes = parse_dims(dims).axes
+    held = _held(tensor, axes, part)
     for row in layout.rows:
-        real = _last(row) if only_last else row
-        part = _keep(real, positions)
-        if part is not None:
-            found = _cut_row(tensor, dims, layout, part, only_last)
+        real = _last(row) if only_last else _overlap(row, held)
+        kept = None if real is None else _keep(real, positions)
+        if real is not None and kept is not None:
+            found = _cut_row(tensor, dims, layout, kept, only_last, held.start if held else 0)
             # A few positions must not keep the whole tensor in memory while they wait to be written.
-            yield replace(found, values=found.values.clone()) if part.count < real.count else found
+            yield replace(found, values=found.values.clone()) if kept.count < real.count else found
+
+
+def _held(tensor: torch.Tensor, axes: Sequence[Axis], part: int) -> range | None:
+    """The part of the token axis that a rank holds when that axis is sharded."""
+    for index, axis in enumerate(axes):
+        if axis.names == ("s",) and axis.sharded:
+            length = tensor.shape[index]
+            return range(part * length, (part + 1) * length)
+    return None
+
+
+def _overlap(row: Row, held: range | None) -> Row | None:
+    if held is None:
+        return row
+    first, stop = max(row.start, held.start), min(row.start + row.count, held.stop)
+    return Row(row.index, row.prompt, first, stop - first, row.position + first - row.start) if first < stop else None
 
 
 def _last(row: Row) -> Row:
@@ -164,15 +193,15 @@ def _keep(row: Row, positions: range | None) -> Row | None:
     return Row(row.index, row.prompt, row.start + first - row.position, stop - first, first)
 
 
-def _cut_row(tensor: torch.Tensor, dims: str, layout: StepLayout, row: Row, only_last: bool) -> Cut:
-    axes = dims.split(" ") if not dims.startswith("(") else ["(b s)"]
-    if axes[0] == "(b s)":
-        start = row.index * layout.length + row.start
-        return Cut(row.prompt, _narrow(tensor, 0, start, row.count), dims, row.position, row.count)
-    if axes[0] == "b":
-        tensor = _narrow(tensor, 0, row.index, 1)
-    values = tensor if only_last else _narrow(tensor, axes.index("s"), row.start, row.count)
-    return Cut(row.prompt, values, dims.replace("1 ", "b ", 1), row.position, row.count)
+def _cut_row(tensor: torch.Tensor, dims: str, layout: StepLayout, row: Row, only_last: bool, held: int) -> Cut:
+    for index, axis in enumerate(parse_dims(dims).axes):
+        if axis.names == ("b", "s"):
+            tensor = _narrow(tensor, index, row.index * layout.length + row.start, row.count)
+        elif axis.names == ("b",):
+            tensor = _narrow(tensor, index, row.index, 1)
+        elif axis.names == ("s",) and not only_last:
+            tensor = _narrow(tensor, index, row.start - held, row.count)
+    return Cut(row.prompt, tensor, re.sub(r"^1 ", "b ", dims), row.position, row.count)
 
 
 def _narrow(tensor: torch.Tensor, axis: int, start: int, count: int) -> torch.Tensor:

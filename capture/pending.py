@@ -24,6 +24,8 @@ from ..store.errors import CaptureError, UnsupportedDtypeError
 
 #: How many references are remembered to recognise a tensor that is captured again at once.
 _RECENT = 8
+#: Collectives overwrite their buffers although their schemas do not say so.
+_COLLECTIVES = "c10d"
 #: Arguments that batch normalisation overwrites in training although its schema does not say so.
 _UNMARKED_WRITES = {"running_mean", "running_var"}
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -194,9 +196,8 @@ class WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         for index, name in written:
             value = args[index] if index < len(args) else kwargs.get(name)
-            for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(tensor, torch.Tensor):
-                    self._snapshot_views_of(storage_of(tensor))
+            for tensor in _tensors_in(value):
+                self._snapshot_views_of(storage_of(tensor))
 
     def _snapshot_views_of(self, storage: int) -> None:
         for identity in [key for key, (tensor, _) in self._recent.items() if storage_of(tensor) == storage]:
@@ -218,8 +219,18 @@ def storage_of(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
 
 
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors_in(item)
+
+
 def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
     arguments = func._schema.arguments
+    if func.namespace == _COLLECTIVES:
+        return tuple((index, argument.name) for index, argument in enumerate(arguments))
     return tuple(
         (index, argument.name)
         for index, argument in enumerate(arguments)

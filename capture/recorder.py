@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from ..store.index import TensorKey
 from ..store.manifest import ROLES, Module, Prompt, PromptTokens, RunManifest, write_manifest
 from ..store.run_writer import QUEUE_BYTES, SHARD_BYTES, RunWriter
 from ..store.trace import Trace, site_name
-from .layout import StepLayout, cut
+from .layout import Cut, StepLayout, cut
 from .pending import PendingTensor, WriteGuard, check_storable
 from .provenance import environment, weights_fingerprint
 from .selection import Selection
@@ -139,15 +140,19 @@ class Recorder:
     def _record(self, path: str, port: str, call: int, value: Any) -> None:
         layout = self._layout
         phase, step = (layout.phase, layout.step) if layout else ("forward", max(self.n_forwards - 1, 0))
-        last_only = path == "" or path.rpartition(".")[2] == "lm_head"
         order = self._order
         self._order += 1
         for slot, tensor in tensor_slots(value):
-            for part in cut(tensor, layout, last_only=last_only, positions=self.selection.positions):
+            for part in self._cuts(path, port, slot, tensor, layout):
                 prompt = 0 if layout is None else part.prompt
                 start, count = part.position_start, part.position_count
                 key = TensorKey(prompt, phase, step, call, order, path, port, slot, part.dims, start, count)
                 self._put(key, part.values)
+
+    def _cuts(self, path: str, port: str, slot: str, tensor: torch.Tensor, layout: StepLayout | None) -> Iterable[Cut]:
+        """One prompt's part after the other of a captured tensor."""
+        last_only = path == "" or path.rpartition(".")[2] == "lm_head"
+        return cut(tensor, layout, last_only=last_only, positions=self.selection.positions)
 
     def _put(self, key: TensorKey, tensor: torch.Tensor) -> None:
         try:
@@ -245,6 +250,7 @@ def record(
         manifest=lambda: current().to_json(),
         shard_bytes=shard_bytes,
         queue_bytes=queue_bytes,
+        take_turns=len(os.sched_getaffinity(0)) <= torch.get_num_threads(),
     )
     recorder = Recorder(model, writer, selection or Selection())
     try:

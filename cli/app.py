@@ -8,7 +8,7 @@ import typer
 
 from .. import __version__
 from ..store.errors import SleuthError
-from . import capture, compare, demo, keep, look, plot
+from . import capture, compare, demo, imports, keep, look, mapping, plot, port
 
 app = typer.Typer(
     name="sleuth",
@@ -36,10 +36,13 @@ def _root(
 
 demo.register(app)
 capture.register(app)
+imports.register(app)
 compare.register(app)
+mapping.register(app)
 look.register(app)
 keep.register(app)
 plot.register(app)
+port.register(app)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Commands that make runs: capture hf."""
+"""Commands that make runs: the group capture, and capture hf."""
 
 from __future__ import annotations
 
@@ -32,8 +32,11 @@ class Padding(str, Enum):
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
+    from .capture_nxdi import capture_nxdi
+
     group = typer.Typer(help="Run a model and record its tensors.", no_args_is_help=True)
     group.command("hf")(capture_hf)
+    group.command("nxdi")(capture_nxdi)
     app.add_typer(group, name="capture")
 
 
@@ -105,7 +108,7 @@ def capture_hf(
         return
     with progress(f"capture {run}") as update:
         summary = capture_hugging_face(opened, capture, progress=update)
-    _print_summary(summary, json)
+    print_summary(summary, json)
 
 
 def _print_plan(plan: Plan, json: bool) -> None:
@@ -122,7 +125,8 @@ def _print_plan(plan: Plan, json: bool) -> None:
     print_table("plan", ("what", "predicted"), rows)
 
 
-def _print_summary(summary: CaptureSummary, json: bool) -> None:
+def print_summary(summary: CaptureSummary, json: bool) -> None:
+    """Print what a capture did, next to what had been planned."""
     plan = summary.plan
     if json:
         print_json({**summary.__dict__, "plan": plan.as_dict() if plan else None})

@@ -8,6 +8,7 @@ import typer
 
 from ..store import Trace
 from .console import EXIT_CODES, VERDICT_STYLES, Json, TracePath, print_json, print_table, progress, say
+from .mapping import MappingFile
 
 if TYPE_CHECKING:
     from ..analyze.compare import ComparisonSummary
@@ -35,6 +36,7 @@ def compare(
     ] = None,
     include: Annotated[list[str] | None, typer.Option(help="Only reference modules that match this glob.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Not reference modules that match this glob.")] = None,
+    mapping: MappingFile = None,
     json: Json = False,
 ) -> None:
     """Compare a target with a reference, site by site, and name the first that diverges."""
@@ -51,6 +53,7 @@ def compare(
         Thresholds(tau_r=tau_r, relative_l2=tolerance),
         tuple(include or ()),
         tuple(exclude or ()),
+        mapping,
     )
     with progress("compare") as update:
         summary = compare_runs(opened, request, progress=update)

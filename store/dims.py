@@ -5,6 +5,7 @@ other names are free (`h` hidden, `n` heads, `d` head dimension, `e` experts, `v
 
     b s h            plain
     b s h[tp]        sharded over the tensor-parallel group along h
+    b s n[tp/2] d    tp/2 distinct parts along n, each held by 2 consecutive ranks (replicated KV heads)
     b s h{tp:sum}    every rank holds a partial sum
     (b s) e          several axes flattened into one, outermost first
     b 1 v            an axis of length one that is not a token axis
@@ -27,17 +28,25 @@ from .errors import InputError
 
 _AXIS = re.compile(
     r"\s*(?:\((?P<group>[a-z0-9 ]+)\)|(?P<name>[a-z][a-z0-9_]*|1))"
-    r"(?:\[(?P<shard>[a-z]+)\])?(?:\{(?P<partial>[a-z]+):sum\})?"
+    r"(?:\[(?P<shard>[a-z]+)(?:/(?P<copies>[1-9][0-9]*))?\])?(?:\{(?P<partial>[a-z]+):sum\})?"
 )
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: the names flattened into it, and how it is split over ranks."""
+    """One axis: the names flattened into it, and how it is split over ranks.
+
+    Attributes:
+        names: outermost first.
+        sharded: group of ranks over which it is split, or None.
+        partial: group of ranks that hold summands, or None.
+        copies: consecutive ranks that hold the same part of a sharded axis.
+    """
 
     names: tuple[str, ...]
     sharded: str | None = None
     partial: str | None = None
+    copies: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ def parse_dims(text: str) -> Dims:
         if match is None:
             raise InputError(f"dims {text!r} cannot be read at {stripped[at:]!r}; write for example 'b s h[tp]'")
         names = tuple(match["group"].split()) if match["group"] else (match["name"],)
-        axes.append(Axis(names, match["shard"], match["partial"]))
+        axes.append(Axis(names, match["shard"], match["partial"], int(match["copies"] or 1)))
         at = match.end()
     if sum("s" in axis.names for axis in axes) > 1:
         raise InputError(f"dims {text!r} names the position axis s twice")

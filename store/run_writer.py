@@ -2,6 +2,10 @@
 
 Producers call `put` from forward hooks. It returns at once unless more than `queue_bytes` are waiting, in which
 case it blocks: memory stays bounded and nothing is dropped. The writer thread never touches the catalog.
+
+A forward pass that keeps every core busy is slowed by a thread beside it by more than that thread's work, because its
+own threads wait for each other. The writer then takes turns instead: it lets tensors gather, and `put` waits while it
+stores them.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from .shard_writer import Content, ShardWriter, content_of, shard_name
 SHARD_BYTES = 1 << 30
 #: How many bytes may wait in the queue before `put` blocks.
 QUEUE_BYTES = 256 << 20
+#: How many bytes gather before the writer takes its turn, when it takes turns.
+TURN_BYTES = 32 << 20
 
 
 class ValueSource(Protocol):
@@ -68,6 +74,7 @@ class RunWriter:
         manifest: Callable[[], bytes],
         shard_bytes: int = SHARD_BYTES,
         queue_bytes: int = QUEUE_BYTES,
+        take_turns: bool = False,
     ) -> None:
         """Lock the rank and start the writer thread.
 
@@ -79,6 +86,7 @@ class RunWriter:
             manifest: returns the run's manifest as JSON bytes; called when a shard is sealed.
             shard_bytes: roll over to a new shard beyond this size.
             queue_bytes: back-pressure limit.
+            take_turns: store only while producers wait; for producers that use every core.
 
         Raises:
             RunExistsError: another process is writing this rank.
@@ -90,6 +98,8 @@ class RunWriter:
         self._queue: deque[tuple[TensorKey, ValueSource]] = deque()
         self._condition = threading.Condition()
         self._waiting_bytes = 0
+        self._turn_bytes = min(TURN_BYTES, queue_bytes) if take_turns else 0
+        self._draining = False
         self._busy = False
         self._closing = False
         self._error: BaseException | None = None
@@ -116,7 +126,8 @@ class RunWriter:
             self._raise_error()
             self._queue.append((key, source))
             self._waiting_bytes += source.nbytes
-            self._condition.notify_all()
+            if self._waiting_bytes >= self._turn_bytes:
+                self._drain(wait=self._turn_bytes > 0)
 
     def flush(self) -> None:
         """Return once everything handed over so far is acknowledged: it now survives the death of the process.
@@ -125,9 +136,15 @@ class RunWriter:
             SleuthError: the writer has failed.
         """
         with self._condition:
-            while (self._queue or self._busy) and self._error is None:
-                self._condition.wait()
-            self._raise_error()
+            self._drain(wait=True)
+
+    def _drain(self, *, wait: bool) -> None:
+        """Let the writer store what is queued, and wait for it if asked to."""
+        self._draining = True
+        self._condition.notify_all()
+        while wait and (self._queue or self._busy) and self._error is None:
+            self._condition.wait()
+        self._raise_error()
 
     def close(self) -> None:
         """Drain the queue, seal the last shard and stop the thread.
@@ -136,7 +153,7 @@ class RunWriter:
             SleuthError: the writer has failed; what was acknowledged stays salvageable by `sleuth repair`.
         """
         with self._condition:
-            self._closing = True
+            self._closing = self._draining = True
             self._condition.notify_all()
         self._thread.join()
         (self._folder / lock_name(self._rank)).unlink(missing_ok=True)
@@ -171,14 +188,17 @@ class RunWriter:
     def _next(self) -> tuple[TensorKey, ValueSource] | None:
         with self._condition:
             self._busy = False
-            self._condition.notify_all()
-            while not self._queue and not self._closing:
+            if not self._queue:
+                self._draining = self._closing
+                self._condition.notify_all()
+            while not (self._queue and self._draining) and not self._closing:
                 self._condition.wait()
             if not self._queue:
                 return None
             self._busy = True
             item = self._queue.popleft()
             self._waiting_bytes -= item[1].nbytes
+            self._condition.notify_all()
             return item
 
     def _store(self, key: TensorKey, source: ValueSource) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tensorsleuth.store import Prompt, PromptTokens, RunManifest, RunWriter, TensorKey, Trace
+from tensorsleuth.store import Module, Prompt, PromptTokens, RunManifest, RunWriter, TensorKey, Trace
 
 Array = npt.NDArray[Any]
 
@@ -32,7 +32,10 @@ class Values:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a site: `[1, positions, features]` from position `start` on, or whole without positions."""
+    """A tensor of a site: `[1, positions, features]` from position `start` on, or whole without positions.
+
+    `count` is the number of positions, the length of the second axis unless given; `rank` stored it.
+    """
 
     module: str
     array: Array
@@ -43,6 +46,8 @@ class Tensor:
     order: int = 0
     slot: str = ""
     dims: str = "b s h"
+    rank: int = 0
+    count: int | None = None
 
 
 def add_run(
@@ -55,22 +60,45 @@ def add_run(
     n_prompt: int | None = None,
     provenance: dict[str, Any] | None = None,
     status: str = "complete",
+    tp: int = 1,
+    modules: Sequence[str] = (),
+    dtype: str = "float32",
 ) -> None:
-    """Record a run of numpy arrays; `tokens` are given per prompt, `n_prompt` is the prompts' length."""
+    """Record a run of numpy arrays with one writer per rank.
+
+    Args:
+        trace: where to.
+        run: its name.
+        tensors: what it recorded, in order.
+        role: its role.
+        tokens: per prompt.
+        n_prompt: length of the prompts, all tokens unless given.
+        provenance: of the manifest.
+        status: of the manifest.
+        tp: number of ranks.
+        modules: paths of the model's modules, for the manifest.
+        dtype: of the manifest.
+    """
     listing = {prompt: tuple(ids) for prompt, ids in (tokens or {}).items()}
     prompts = tuple(Prompt(p, str(p), None, n_prompt or len(ids)) for p, ids in listing.items())
     manifest = trace.begin_run(
         RunManifest(
-            0, run, role, "import", "numpy", "float32", "cpu", 1, "running", "2026-01-02T03:04:05+00:00",
+            0, run, role, "import", "numpy", dtype, "cpu", tp, "running", "2026-01-02T03:04:05+00:00",
             provenance or {}, prompts, tuple(PromptTokens(p, ids) for p, ids in listing.items()),
+            tuple(Module(path, "Module", None, 0, -1, 0) for path in modules),
         )
     )  # fmt: skip
-    with RunWriter(trace.run_folder(run), run, manifest=manifest.to_json) as writer:
-        for tensor in tensors:
-            count = None if tensor.start is None else tensor.array.shape[1]
-            key = TensorKey(
-                tensor.prompt, tensor.phase, tensor.step, 0, tensor.order, tensor.module, "output", tensor.slot,
-                tensor.dims if tensor.start is not None else "", tensor.start, count,
-            )  # fmt: skip
-            writer.put(key, Values(tensor.array))
+    for rank in range(tp):
+        with RunWriter(trace.run_folder(run), run, rank=rank, manifest=manifest.to_json) as writer:
+            for tensor in tensors:
+                if tensor.rank == rank:
+                    writer.put(_key(tensor), Values(tensor.array))
     trace.finish_run(replace(manifest, status=status))
+
+
+def _key(tensor: Tensor) -> TensorKey:
+    count = None if tensor.start is None else tensor.count or tensor.array.shape[1]
+    return TensorKey(
+        tensor.prompt, tensor.phase, tensor.step, 0, tensor.order, tensor.module, "output", tensor.slot,
+        tensor.dims if tensor.start is not None else "", tensor.start, count,
+    )  # fmt: skip

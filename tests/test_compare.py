@@ -220,6 +220,18 @@ def test_tensors_without_positions_are_compared_whole(trace: Trace) -> None:
     assert (summary.verdict, one(trace, "forward")["n"]) == ("pass", 2 * R.size)
 
 
+def test_sizes_that_depend_on_the_data_are_compared_where_they_agree(trace: Trace) -> None:
+    """An expert sees the tokens that are routed to it: four in the first step, one (with a position) in the second."""
+    for run, values, second in (("r", R, 1), ("b", B, 1), ("t", T, 2)):
+        tensors = [Tensor("expert", values[0, :4], None), Tensor("expert", values[:, 4:5], 7, "decode", 1)]
+        tensors += [Tensor("expert", values[0, :second], None, "decode", 2)]
+        add_run(trace, run, tensors, tokens=TOKENS)
+    summary = run_compare(trace)
+    assert summary.verdict == "undecided"
+    assert "expert at 2 of 3" in summary.reasons[0]
+    assert (one(trace, "prefill")["n"], one(trace, "decode")["n"]) == (4 * WIDTH, WIDTH)
+
+
 def test_two_runs_without_a_baseline_are_held_against_a_tolerance(trace: Trace) -> None:
     add_run(trace, "r", [Tensor("mlp", R)], tokens=TOKENS)
     add_run(trace, "t", [Tensor("mlp", T)], tokens=TOKENS)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from tensorsleuth.analyze.mapping import SiteMapping, map_by_name
+from tensorsleuth.analyze.mapping import map_by_name
 from tensorsleuth.analyze.naming import canonical
+from tensorsleuth.analyze.pairs import SiteMapping
 from tensorsleuth.analyze.sites import Site, SiteInfo
 
 
@@ -64,14 +65,14 @@ def test_a_fused_projection_is_cut_by_the_widths_of_its_parts() -> None:
         info(f"model.layers.0.self_attn.{name}_proj", width) for name, width in (("q", 16), ("k", 4), ("v", 4))
     ]
     mapping = map_by_name(reference, [info("layers.0.self_attn.qkv_proj.Wqkv", 24)])
-    assert [pair.columns for pair in mapping.pairs] == [(0, 16), (16, 20), (20, 24)]
+    assert [pair.columns for pair in mapping.pairs] == [((0, 16),), ((16, 20),), ((20, 24),)]
     assert {pair.transform for pair in mapping.pairs} == {"slice"}
 
 
 def test_gate_and_up_are_found_in_their_fusion() -> None:
     reference = [info("model.layers.1.mlp.gate_proj", 6), info("model.layers.1.mlp.up_proj", 6)]
     mapping = map_by_name(reference, [info("layers.1.mlp.gate_up_proj", 12)])
-    assert [pair.columns for pair in mapping.pairs] == [(0, 6), (6, 12)]
+    assert [pair.columns for pair in mapping.pairs] == [((0, 6),), ((6, 12),)]
 
 
 def test_a_fusion_of_another_width_is_not_cut() -> None:

@@ -1,0 +1,91 @@
+"""The names of closed Neuron packages that the open NxD and NxD Inference sources import.
+
+Each entry is a module and the names imported from it. A name becomes a class that cannot be used without the SDK,
+unless `stand_in` gives it behaviour. Nothing beyond this list exists in the stand-in: a name that a newer source
+imports fails at import, by name.
+"""
+
+from __future__ import annotations
+
+NEURON_MODULES: dict[str, tuple[str, ...]] = {
+    "torch_xla": (),
+    "torch_xla.core.xla_model": ("REDUCE_SUM", "REDUCE_MAX", "REDUCE_MIN"),
+    "torch_xla.core.xla_env_vars": (),
+    "torch_xla.runtime": (),
+    "torch_xla.utils.serialization": (),
+    "torch_xla.utils.checkpoint": ("checkpoint",),
+    "torch_xla.utils.utils": ("get_free_tcp_ports",),
+    "torch_xla.distributed.parallel_loader": ("MpDeviceLoader",),
+    "torch_xla.distributed.xla_multiprocessing": (),
+    "torch_xla.distributed.zero_redundancy_optimizer": ("ZeroRedundancyOptimizer",),
+    "torch_neuronx": ("BucketModelConfig",),
+    "torch_neuronx.utils": ("get_platform_target",),
+    "torch_neuronx.utils.utils": ("get_platform_target", "SUPPORTED_TYPES"),
+    "torch_neuronx.testing": ("neuron_allclose",),
+    "torch_neuronx.proto": ("metaneff_pb2",),
+    "torch_neuronx.pyhlo": ("hlo_pb2", "xla_data_pb2"),
+    "torch_neuronx.experimental.profiler.v2_x.custom_op_name": ("hlo_debug",),
+    "torch_neuronx.xla_impl": ("structure",),
+    "torch_neuronx.xla_impl.base": ("xla_call", "xla_hlo_call"),
+    "torch_neuronx.xla_impl.bucket_trace": ("create_bucket_model",),
+    "torch_neuronx.xla_impl.torchscript": ("replace_weights",),
+    "torch_neuronx.xla_impl.custom_call_targets": (
+        "AwsNeuronModuleMarkerStartForward",
+        "AwsNeuronModuleMarkerEndForward",
+    ),
+    "torch_neuronx.xla_impl.ops": ("Argmax", "TopK", "RmsNorm", "ConcatenateOp", "nki_jit", "xla_hlo_call"),
+    "torch_neuronx.xla_impl.trace": (
+        "HloArtifacts",
+        "NeffArtifacts",
+        "XLA_DTYPE_TO_METANEFF_DTYPE",
+        "generate_neff",
+        "get_torch_dtype",
+        "get_hlo_computation_by_id",
+        "get_hlo_root_instruction",
+        "hlo_entry_computation",
+    ),
+    "libneuronxla": ("neuron_xla_compile",),
+    "neuronxcc": (),
+    "neuronxcc.nki": ("jit",),
+    "neuronxcc.nki.language": ("tile_size",),
+    "neuronxcc.nki.kernels.attention": ("FlashConfig", "attention_isa_kernel"),
+    "neuronxcc.nki.compiler.backends.neuron.dimensions": ("VNC",),
+    "neuronxcc.nki._pre_prod_kernels.collectives": ("CollectivesConfig",),
+    "nki": ("jit",),
+    "nki.language": ("bfloat16", "float4_e2m1fn_x4", "ndarray"),
+    "nki.isa": (),
+    "nkilib": (),
+    "nkilib.core.attention.attention_cte": (),
+    "nkilib.core.cumsum.cumsum": ("cumsum",),
+    "nkilib.core.max.cascaded_max": ("cascaded_max",),
+    "nkilib.core.mlp.mlp": ("mlp",),
+    "nkilib.core.moe.moe_cte.moe_cte_utils": ("BlockShardStrategy", "SkipMode"),
+    "nkilib.core.moe_block.moe_block_tkg": ("moe_block_tkg",),
+    "nkilib.core.output_projection.output_projection_cte": ("output_projection_cte",),
+    "nkilib.core.qkv.qkv": ("qkv",),
+    "nkilib.core.rmsnorm.rmsnorm_quant": ("RmsNormQuantKernelArgs", "rmsnorm_quant_kernel"),
+    "nkilib.core.subkernels.find_nonzero_indices": ("find_nonzero_indices",),
+    "nkilib.core.subkernels.indexed_flatten": ("indexed_flatten",),
+    "nkilib.core.topk": ("topk",),
+    "nkilib.core.utils.common_types": (
+        "ActFnType",
+        "ExpertAffinityScaleMode",
+        "NormType",
+        "QKVOutputLayout",
+        "QuantizationType",
+        "RouterActFnType",
+    ),
+    "nkilib.core.utils.kernel_helpers": ("get_verified_program_sharding_info", "kernel_assert"),
+    "nkilib.core.utils.tensor_view": ("TensorView",),
+    "nkilib.experimental.transformer.attention_block_tkg": ("attention_block_tkg",),
+}
+
+#: Public packages that NxD imports for checkpoints on S3; a real installation of one wins over its stand-in.
+PUBLIC_MODULES: dict[str, tuple[str, ...]] = {
+    "boto3": (),
+    "boto3.s3.transfer": ("TransferConfig",),
+    "botocore": (),
+    "botocore.session": ("Session",),
+    "tenacity": ("RetryCallState", "before_sleep_log", "retry", "retry_if_exception", "stop_after_attempt"),
+    "tenacity.wait": ("wait_base",),
+}
