@@ -25,8 +25,8 @@ def clean(trace: Trace) -> bool:
     """Print the line of the correct port; returns whether it passes with every R between 0.8 and 1.2."""
     capture_target(trace, run="clean")
     summary = compare_target(trace, run="clean")
-    band = "SELECT min(r_ratio) AS low, max(r_ratio) AS high FROM measurements WHERE prompt IS NULL AND comparison = 'clean'"
-    row = trace.query(band).to_pylist()[0]
+    pooled = "FROM measurements WHERE prompt IS NULL AND comparison = 'clean'"
+    row = trace.query(f"SELECT min(r_ratio) AS low, max(r_ratio) AS high {pooled}").to_pylist()[0]
     print(
         f"{'(none)':22}{summary.verdict:8} R from {row['low']:.3f} to {row['high']:.3f} over {summary.n_matched} sites"
     )
@@ -49,9 +49,10 @@ def planted(trace: Trace, name: str) -> bool:
     ).to_pylist()[0]["r"]
     found = first["target_site"].partition("[")[0]
     right = fnmatchcase(found, fault.site) and first["phase"] == fault.phase and summary.verdict == "fail"
+    context = f"before it at most {before:.3f}" if before else "nothing before it"
     print(
-        f"{name:22}{summary.verdict:8} {first['target_site']:40}{first['phase']:9}R {first['r_ratio']:9.3g}"
-        f"{f'  before at most {before:.3f}' if before else '  nothing before':26}{'ok' if right else 'WRONG: ' + fault.site}",
+        f"{name:22}{summary.verdict:8} {first['target_site']:40}{first['phase']:9}R {first['r_ratio']:9.3g}  "
+        f"{context:26}{'ok' if right else 'WRONG: ' + fault.site}",
         flush=True,
     )
     return right

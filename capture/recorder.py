@@ -250,7 +250,7 @@ def record(
         manifest=lambda: current().to_json(),
         shard_bytes=shard_bytes,
         queue_bytes=queue_bytes,
-        take_turns=len(os.sched_getaffinity(0)) <= torch.get_num_threads(),
+        take_turns=_n_cores() <= torch.get_num_threads(),
     )
     recorder = Recorder(model, writer, selection or Selection())
     try:
@@ -288,6 +288,11 @@ def _write_if_possible(trace: Trace, manifest: RunManifest) -> None:
     """Keep the manifest of a run whose shards await `repair`; a full disk must not hide the first error."""
     with suppress(StorageError):
         write_manifest(trace.run_folder(manifest.run), manifest)
+
+
+def _n_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _dominant_dtype(parameters: Sequence[torch.nn.Parameter]) -> str:

@@ -161,7 +161,7 @@ class ShardWriter:
 
         Of a range that is still dirty, POSIX_FADV_DONTNEED starts the write and drops nothing.
         """
-        if end - self._flushed >= _WRITEBACK_BYTES:
+        if end - self._flushed >= _WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, self._flushed, end - self._flushed, os.POSIX_FADV_DONTNEED)
             self._flushed = end
 
