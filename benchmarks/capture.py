@@ -171,7 +171,8 @@ def measure(dtype: torch.dtype, repeats: int, parent: Path) -> bool:
     extra = {name: median[name] - median["bare"] for name in ("record", "torch.save", "raw file")}
     print(
         f"\n{str(dtype).removeprefix('torch.')}: {n_parameters / 1e6:.0f}M parameters, "
-        f"{N_PROMPTS} x {N_TOKENS} tokens, {n_tensors} tensors, {nbytes / 1e6:.0f} MB, {N_THREADS} threads, {repeats} repeats"
+        f"{N_PROMPTS} x {N_TOKENS} tokens, {n_tensors} tensors, {nbytes / 1e6:.0f} MB, {N_THREADS} threads, "
+        f"{repeats} repeats"
     )
     print(
         f"{'variant':12}{'median s':>10}{'min s':>8}{'max s':>8}{'beyond bare s':>15}{'record is':>11}{'limit':>7}"
