@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -45,9 +46,10 @@ class Trace(StoredTrace):
         baseline: str | None = None,
         name: str | None = None,
         thresholds: Thresholds | None = None,
+        mapping: Path | None = None,
     ) -> ComparisonSummary:
         """Compare runs site by site; see `analyze.compare`."""
-        request = ComparisonRequest(reference, target, baseline, name, thresholds or Thresholds())
+        request = ComparisonRequest(reference, target, baseline, name, thresholds or Thresholds(), mapping=mapping)
         return compare(self, request)
 
     def sql(self, statement: str) -> pa.Table:

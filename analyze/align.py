@@ -20,8 +20,8 @@ from .ranks import Columns, Stored
 #: Mapped pages are released after about this many bytes, counting each element of a triple as three float32.
 _MAPPED_BYTES = 64 << 20
 _BYTES_PER_TRIPLE = 12
-#: Elements that are put together at a time where reading means copying.
-_COPIED_ELEMENTS = 1 << 22
+#: Elements of each run that are mapped or put together at a time.
+_PIECE_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,10 @@ class AlignedSite:
             )
 
     def _small_pieces(self) -> Iterator[tuple[range, tuple[Stored, Stored | None, Stored]]]:
-        """The pieces, cut further where reading them makes copies."""
+        """The pieces, cut so that each maps or copies a bounded amount."""
         for positions, tensors in self._pieces:
-            copied = self._selection != Selection() or any(t is not None and len(t.parts) > 1 for t in tensors)
-            size = max(1, _COPIED_ELEMENTS // max(tensors[0].features, tensors[2].features, 1))
-            step = size if copied and tensors[2].position_start is not None else max(len(positions), 1)
+            size = max(1, _PIECE_ELEMENTS // max(tensors[0].features, tensors[2].features, 1))
+            step = size if tensors[2].position_start is not None else max(len(positions), 1)
             for start in range(positions.start, positions.stop, step):
                 yield range(start, min(start + step, positions.stop)), tensors
 

@@ -108,9 +108,7 @@ def install(connection: Any, *, temporary: bool) -> None:
         connection.execute(f"COMMENT ON {what} {item.name} IS '{summary}'")
 
 
-def run_sql(
-    trace: Trace, statement: str, parameters: Sequence[Any] = (), *, external_access: bool = False
-) -> pa.Table:
+def run_sql(trace: Trace, statement: str, parameters: Sequence[Any] = (), *, external_access: bool = False) -> pa.Table:
     """Run one query over a trace: its catalog read-only, the library, and functions of stored tensors.
 
     Args:

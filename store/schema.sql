@@ -40,8 +40,8 @@ CREATE TABLE tensors (
 CREATE TABLE mappings (mapping VARCHAR PRIMARY KEY, reference VARCHAR NOT NULL, target VARCHAR NOT NULL,
     origin VARCHAR NOT NULL);
 
--- transform: identity, or slice when the target site holds more features than the reference site (transform_spec:
--- axis, start, stop).
+-- transform: identity; slice, when the target site holds more features than the reference site; part, when it holds
+-- fewer; reorder, when it holds them in another order (transform_spec: axis, and ranges of target and reference).
 CREATE TABLE mapping_entries (
     mapping VARCHAR NOT NULL, entry INTEGER NOT NULL, reference_sites VARCHAR[] NOT NULL,
     target_sites VARCHAR[] NOT NULL, transform VARCHAR NOT NULL, transform_spec JSON, score DOUBLE NOT NULL,
