@@ -226,7 +226,7 @@ def test_the_first_doubtful_site_in_dataflow_order_is_named(trace: Trace) -> Non
 
 def test_pieces_are_put_together_piece_by_piece(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The copies of a sharded site stay small against the site."""
-    monkeypatch.setattr(align, "_COPIED_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(align, "_PIECE_ELEMENTS", 1 << 16)
     wide = np.random.default_rng(0).standard_normal((1, 2048, 512)).astype(np.float32)  # 4 MB
     tokens = {0: list(range(2049))}
     for run in ("r", "b"):
