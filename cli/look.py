@@ -71,7 +71,7 @@ def tensors(
             values.append(value)
     where = f"WHERE {' AND '.join(filters)}" if filters else ""
     columns = "tensor_id, run, module, port, slot, prompt, phase, step, call, dims, shape, dtype, mean, std, absmax"
-    order = "run, prompt NULLS FIRST, step, exec_order"
+    order = "run, prompt NULLS LAST, step, exec_order, seq"
     statement = f"SELECT {columns}, n_nan, n_inf FROM tensors {where} ORDER BY {order} LIMIT {limit}"  # noqa: S608
     rows = Trace.open(trace).query(statement, values).to_pylist()
     if json:

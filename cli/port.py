@@ -11,14 +11,14 @@ from .console import Json, print_json, say
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    group = typer.Typer(help="Make ports of models to NxD Inference.", no_args_is_help=True)
+    group = typer.Typer(help="Ports to NxD Inference: the environment they need.", no_args_is_help=True)
     group.callback()(_group)
     group.command("env")(env)
     app.add_typer(group, name="port")
 
 
 def _group() -> None:
-    """Make ports of models to NxD Inference."""
+    """Ports to NxD Inference: the environment they need."""
 
 
 def env(
