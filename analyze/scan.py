@@ -16,7 +16,7 @@ from .triples import FloatArray, IntArray, Operands, Triple, operands
 Take = Callable[[FloatArray, FloatArray], None]
 
 _SLAB = 4096  # rows whose sums are held before they are folded (750 KB)
-_SPLIT = 1 << 21  # elements from which a triple is shared between threads; below, waking them costs too much
+_SPLIT = 1 << 19  # elements from which a triple is shared between threads; below, waking them costs too much
 _NO_SUMS = np.zeros((0, rows.COLUMNS))
 _NO_ERRORS = np.zeros((2, 0))
 

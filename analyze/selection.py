@@ -20,7 +20,7 @@ from .triples import ByteArray, FloatArray, IntArray
 HELD = 1 << 16
 """Values up to this number are simply sorted."""
 
-COLLECT_LIMIT = 1 << 20
+COLLECT_LIMIT = 1 << 21
 """Values collected at a time and side (32 MB)."""
 
 _MANTISSA = 9  # bits kept below the exponent: 1 to 2 % of a bell-shaped sample falls into the bins to collect

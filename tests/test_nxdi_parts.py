@@ -16,13 +16,14 @@ import torch
 from tensorsleuth.capture.generate import Generation, run_batch
 from tensorsleuth.capture.layout import Row, StepLayout
 from tensorsleuth.capture.nxdi.adapter import NxdiCausalModel
-from tensorsleuth.capture.nxdi.application import check_keys
+from tensorsleuth.capture.nxdi.application import check_keys, loaded_by_another_name
 from tensorsleuth.capture.nxdi.captured import CapturedTensorHook
 from tensorsleuth.capture.nxdi.device_plan import plan_device_capture
 from tensorsleuth.capture.nxdi.device_run import compiled_pass, dims_by_name
 from tensorsleuth.capture.nxdi.job import RankJob
 from tensorsleuth.capture.nxdi.port import load_class, parse_class
 from tensorsleuth.capture.nxdi.ranks import RankGroup
+from tensorsleuth.capture.nxdi.run import length_for
 from tensorsleuth.capture.pending import PendingTensor
 from tensorsleuth.capture.prompts import EncodedPrompt
 from tensorsleuth.capture.selection import Selection
@@ -312,3 +313,18 @@ os.kill(os.getpid(), 9)
         time.sleep(0.05)
     assert not alive(pid)
     assert os.getpid() != pid
+
+
+def test_a_module_that_is_used_in_two_places_needs_its_weight_once() -> None:
+    model = torch.nn.Module()
+    model.norm, model.other = torch.nn.LayerNorm(4), torch.nn.LayerNorm(4)
+    model.experts = torch.nn.ModuleDict({"norm": model.norm})
+    expected = model.to(torch.bfloat16).state_dict()
+    assert loaded_by_another_name(expected, {"norm.weight": torch.ones(4)}) == {"experts.norm.weight"}
+
+
+def test_the_prefill_bucket_holds_a_sliding_window() -> None:
+    prompts, generation = [EncodedPrompt("a", None, (5,) * 60)], Generation(new_tokens=5)
+    assert length_for(prompts, generation, SimpleNamespace(sliding_window=None)) == 128
+    assert length_for(prompts[:1], generation, SimpleNamespace(sliding_window=130)) == 192
+    assert length_for([EncodedPrompt("a", None, (5,))], generation, SimpleNamespace()) == 64

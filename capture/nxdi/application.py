@@ -136,7 +136,7 @@ def _build_model(application: Any, model_class: Any, config: Any, rank: int, tp:
     surplus = {
         name for name in set(state) - set(expected) if name in state.read or _is_accounted_for(name, state, expected)
     }
-    check_keys(set(expected) - _loaded_by_another_name(expected, state), set(state) - surplus, model_class.__name__)
+    check_keys(set(expected) - loaded_by_another_name(expected, state), set(state) - surplus, model_class.__name__)
     trace.get_sharded_checkpoint(state, model, rank, tp, is_cached=True)
     try:
         model.load_state_dict(state, strict=False)
@@ -165,7 +165,7 @@ def _is_accounted_for(name: str, state: Mapping[str, torch.Tensor], expected: Ma
     )
 
 
-def _loaded_by_another_name(expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> set[str]:
+def loaded_by_another_name(expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> set[str]:
     """Names that the checkpoint lacks, of weights that it has under another: one module used in two places."""
     held = {_storage(weight) for name, weight in expected.items() if name in state and weight.numel()}
     return {name for name, weight in expected.items() if name not in state and _storage(weight) in held}

@@ -108,7 +108,7 @@ def capture_on_cpu(trace: Trace, capture: NxdiCapture, *, progress: Progress = n
         config,
     )
     generation = replace(capture.generation, stop_tokens=stop_tokens(config), padding="right")
-    length = capture.length or _length_for(prompts, generation, config.get_text_config())
+    length = capture.length or length_for(prompts, generation, config.get_text_config())
     with tempfile.TemporaryDirectory(prefix="sleuth-nxdi-") as scratch:
         folder = Path(scratch)
         job = RankJob(
@@ -253,7 +253,7 @@ def _check(capture: NxdiCapture) -> None:
         raise InputError(f"--tp {capture.tp} is not a number of ranks; give 1 or more")
 
 
-def _length_for(prompts: Sequence[EncodedPrompt], generation: Generation, config: Any) -> int:
+def length_for(prompts: Sequence[EncodedPrompt], generation: Generation, config: Any) -> int:
     """The smallest length that fits; a prefill bucket smaller than a sliding window cannot be read back."""
     window = getattr(config, "sliding_window", None) or 0
     longest = max(
