@@ -80,7 +80,7 @@ def measure(groups: Groups, *, quantiles: bool = True, threads: int | None = Non
         groups: per prompt id, its triples: a sequence, or a callable that opens them anew. They are read several
             times when `quantiles` is set, one at a time.
         quantiles: also compute error quantiles and the numbers that follow from them.
-        threads: for triples of two million elements and more; default: all processors. Smaller ones are read in
+        threads: for triples of half a million elements and more; default: all processors. Smaller ones are read in
             the calling thread.
 
     Returns:
