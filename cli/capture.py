@@ -9,18 +9,29 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..store import InputError, Trace
+from .capture_options import (
+    Batch,
+    Exclude,
+    Generate,
+    Include,
+    Io,
+    Layers,
+    Ports,
+    Positions,
+    PromptsFile,
+    PromptTexts,
+    Role,
+    Run,
+    StatisticsOnly,
+    Teacher,
+    prompt_inputs,
+    selection,
+)
 from .console import Json, TracePath, human_bytes, print_json, print_table, progress, say, warn
 
 if TYPE_CHECKING:
     from ..capture.hf_run import CaptureSummary
     from ..capture.plan import Plan
-
-
-class Ports(str, Enum):
-    """What is recorded of a module."""
-
-    output = "output"
-    both = "both"
 
 
 class Padding(str, Enum):
@@ -43,24 +54,20 @@ def register(app: typer.Typer) -> None:
 def capture_hf(
     trace: TracePath,
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Model folder, or a config.json with --random-init.")],
-    run: Annotated[str, typer.Option(help="Name of the new run.")],
-    role: Annotated[str, typer.Option(help="reference, baseline or target.")],
+    run: Run,
+    role: Role,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
-    prompt: Annotated[list[str] | None, typer.Option(help="Prompt text; may be repeated.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Prompts file: JSONL, or .txt with one prompt a line.")] = None,
-    generate: Annotated[int, typer.Option(min=1, help="Greedy tokens per prompt.")] = 1,
-    teacher: Annotated[str | None, typer.Option(help="Feed the tokens of this run instead.")] = None,
-    include: Annotated[
-        list[str] | None, typer.Option(help="Only modules that match this glob; may be repeated.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Not modules that match this glob; may be repeated.")
-    ] = None,
-    layers: Annotated[str | None, typer.Option(help="Only these layers, for example 0-3,7.")] = None,
-    positions: Annotated[str | None, typer.Option(help="Only these token positions, for example 0-31.")] = None,
-    io: Annotated[Ports, typer.Option(help="Record outputs, or inputs as well.")] = Ports.output,
-    statistics_only: Annotated[bool, typer.Option(help="Keep statistics and checksums, not values.")] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 1,
+    prompt: PromptTexts = None,
+    prompts: PromptsFile = None,
+    generate: Generate = 1,
+    teacher: Teacher = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    layers: Layers = None,
+    positions: Positions = None,
+    io: Io = Ports.output,
+    statistics_only: StatisticsOnly = False,
+    batch: Batch = 1,
     padding: Annotated[Padding, typer.Option(help="Side of the padding in batches.")] = Padding.left,
     random_init: Annotated[int | None, typer.Option(metavar="SEED", help="Random weights from this seed.")] = None,
     attention: Annotated[str | None, typer.Option(help="Attention implementation, for example eager or sdpa.")] = None,
@@ -72,29 +79,17 @@ def capture_hf(
     from ..capture.generate import Generation
     from ..capture.hf import ModelSource, load_config, parse_dtype, quiet_transformers
     from ..capture.hf_run import HuggingFaceCapture, capture_hugging_face, prepare_prompts, try_plan
-    from ..capture.prompts import PromptInput, read_prompts
-    from ..capture.selection import Selection, parse_layers, parse_positions
 
-    if prompt and prompts:
-        raise InputError("give either --prompt or --prompts, not both")
-    if teacher is not None and generate > 1:
-        raise InputError("--teacher dictates the tokens; leave --generate out")
     parse_dtype(dtype)
     capture = HuggingFaceCapture(
         source=ModelSource(model, random_init, trust_remote_code, attention),
         run=run,
         role=role,
         dtype=dtype,
-        prompts=read_prompts(prompts) if prompts else [PromptInput(str(i), text=t) for i, t in enumerate(prompt or ())],
+        prompts=prompt_inputs(prompt, prompts, teacher=teacher, generate=generate),
         teacher=teacher,
         generation=Generation(new_tokens=generate, padding=padding.value, batch_size=batch),
-        selection=Selection(
-            tuple(include or ()),
-            tuple(exclude or ()),
-            parse_layers(layers) if layers else None,
-            parse_positions(positions) if positions else None,
-            io is Ports.both,
-        ),
+        selection=selection(include, exclude, layers, positions, io),
         statistics_only=statistics_only,
     )
     quiet_transformers()

@@ -9,18 +9,36 @@ from typing import Annotated, Any
 import typer
 
 from ..store import InputError, Trace
-from .capture import Ports, print_summary
+from .capture import print_summary
+from .capture_options import (
+    Batch,
+    Exclude,
+    Generate,
+    Include,
+    Io,
+    Layers,
+    Ports,
+    Positions,
+    PromptsFile,
+    PromptTexts,
+    Role,
+    Run,
+    StatisticsOnly,
+    Teacher,
+    prompt_inputs,
+    selection,
+)
 from .console import Json, TracePath, progress
 
 
 def capture_nxdi(
     trace: TracePath,
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Model folder: config.json and weights.")],
-    run: Annotated[str, typer.Option(help="Name of the new run.")],
+    run: Run,
     port: Annotated[
         str, typer.Option(metavar="FILE:CLASS", help="The port's causal language model; MODULE:CLASS too.")
     ],
-    role: Annotated[str, typer.Option(help="reference, baseline or target.")] = "target",
+    role: Role = "target",
     config: Annotated[
         str, typer.Option(metavar="FILE:CLASS", help="Its inference configuration; the port's own by default.")
     ] = "",
@@ -30,25 +48,21 @@ def capture_nxdi(
     ] = None,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel degree: one process per rank.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
-    prompt: Annotated[list[str] | None, typer.Option(help="Prompt text; may be repeated.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Prompts file: JSONL, or .txt with one prompt a line.")] = None,
-    generate: Annotated[int, typer.Option(min=1, help="Greedy tokens per prompt.")] = 1,
-    teacher: Annotated[str | None, typer.Option(help="Feed the tokens of this run instead.")] = None,
-    include: Annotated[
-        list[str] | None, typer.Option(help="Only modules that match this glob; may be repeated.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Not modules that match this glob; may be repeated.")
-    ] = None,
-    layers: Annotated[str | None, typer.Option(help="Only these layers, for example 0-3,7.")] = None,
-    positions: Annotated[str | None, typer.Option(help="Only these token positions, for example 0-31.")] = None,
-    io: Annotated[Ports, typer.Option(help="Record outputs, or inputs as well.")] = Ports.output,
+    prompt: PromptTexts = None,
+    prompts: PromptsFile = None,
+    generate: Generate = 1,
+    teacher: Teacher = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    layers: Layers = None,
+    positions: Positions = None,
+    io: Io = Ports.output,
     scores: Annotated[bool, typer.Option(help="Record attention scores at prefill.")] = False,
     library_capture: Annotated[
         bool, typer.Option("--library-capture", help="On a CPU, record through NxD Inference's own tensor capture.")
     ] = False,
-    statistics_only: Annotated[bool, typer.Option(help="Keep statistics and checksums, not values.")] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 1,
+    statistics_only: StatisticsOnly = False,
+    batch: Batch = 1,
     length: Annotated[
         int | None, typer.Option(min=2, help="Prefill bucket and cache length; a multiple of 64 that fits by default.")
     ] = None,
@@ -61,10 +75,6 @@ def capture_nxdi(
     """Run an NxD Inference port and record every rank: on a CPU, or compiled on a Neuron device."""
     if cpu == (compiled is not None):
         raise InputError("say where the port runs: --cpu, or --compiled DIR on a Neuron device")
-    if prompt and prompts:
-        raise InputError("give either --prompt or --prompts, not both")
-    if teacher is not None and generate > 1:
-        raise InputError("--teacher dictates the tokens; leave --generate out")
     options = dict(_option(text) for text in neuron or ())
 
     from ..porting.environment import find_environment, require_sources
@@ -73,8 +83,6 @@ def capture_nxdi(
 
     from ..capture.generate import Generation
     from ..capture.nxdi.run import NxdiCapture, capture_on_cpu
-    from ..capture.prompts import PromptInput, read_prompts
-    from ..capture.selection import Selection, parse_layers, parse_positions
 
     request = NxdiCapture(
         model=model,
@@ -84,16 +92,10 @@ def capture_nxdi(
         config=config,
         dtype=dtype,
         tp=tp,
-        prompts=read_prompts(prompts) if prompts else [PromptInput(str(i), text=t) for i, t in enumerate(prompt or ())],
+        prompts=prompt_inputs(prompt, prompts, teacher=teacher, generate=generate),
         teacher=teacher,
         generation=Generation(new_tokens=generate, padding="right", batch_size=batch),
-        selection=Selection(
-            tuple(include or ()),
-            tuple(exclude or ()),
-            parse_layers(layers) if layers else None,
-            parse_positions(positions) if positions else None,
-            io is Ports.both,
-        ),
+        selection=selection(include, exclude, layers, positions, io),
         statistics_only=statistics_only,
         scores=scores,
         library_capture=library_capture,
