@@ -2,7 +2,7 @@
 
 `measure` reads the tensors once for everything that sums can tell, and once more per level (prompt, all prompts)
 for exact quantiles when the errors are too many to be sorted. Besides the results it holds, per thread and side,
-64 Ki errors and 2^16 counts, and at most 2 Mi collected errors per side.
+64 Ki errors and 2^16 counts, and at most 3 Mi collected errors per side.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from .triples import ByteArray, FloatArray, IntArray
 HELD = 1 << 16
 """Values up to this number are simply sorted."""
 
-COLLECT_LIMIT = 1 << 21
-"""Values collected at a time and side (16 MB)."""
+COLLECT_LIMIT = 3 << 20
+"""Values collected at a time and side (25 MB)."""
 
 _MANTISSA = 9  # bits kept below the exponent: 1 to 2 % of a bell-shaped sample falls into the bins to collect
 _OCTAVES = 64  # powers of two resolved, 48 below the first chunk's maximum; beyond, the outermost bins catch all
