@@ -3,8 +3,8 @@
 Run: python benchmarks/measure.py [elements ...]      (default 1e6 1e7 1e8; the last needs about 8 GB)
 
 Two copies are the yardsticks: `np.copy`, which allocates its result, is the one the requirements are held against;
-`np.copyto` into memory that is there already is the harder one (8 MB stay in the processor's cache: there no computation
-can keep up), and is printed beside it.
+`np.copyto` into memory that is there already is the harder one (8 MB stay in the processor's cache), and is printed
+beside it.
 
 Every line is the median of repeats that are interleaved with the others, so that a busy machine slows all of
 them alike; only the ratios mean something. Rates count the bytes of the three inputs (8 per element).
@@ -115,8 +115,8 @@ def compare(elements: int, threads: int) -> bool:
             verdict = "  met" if good else "  MISSED"
             met &= good
         print(
-            f"  {name:12} {wall * 1e3:9.1f} {size / wall / 1e9:8.2f} {to_copy:11.3f} {to_copyto:13.3f} {to_naive:8.1f} |"
-            f"{processor * 1e3:9.1f}{verdict}"
+            f"  {name:12} {wall * 1e3:9.1f} {size / wall / 1e9:8.2f} {to_copy:11.3f} {to_copyto:13.3f} {to_naive:8.1f}"
+            f" |{processor * 1e3:9.1f}{verdict}"
         )
     return met
 
