@@ -52,6 +52,8 @@ def site_verdict(
     - `exact` passes; a `shape_mismatch` fails.
     - `nonfinite` fails when the target has NaN or infinities of its own; when only the reference or the baseline has,
       nothing can be said.
+    - integers that differ are undecided: they are indices (experts, tokens), whose distance means nothing; a tie
+      broken the other way and a wrong choice look the same from here.
     - `baseline_exact`: the reference computes this site without rounding (a lookup, a copy). The target passes if it
       stays within one unit roundoff of its dtype, since rounding the stored values is all it may add.
     - `measured`: R above tau_r fails, unless its interval reaches down to 1: then there are too few tokens to tell.
@@ -72,6 +74,8 @@ def site_verdict(
         return PASS
     if state == NONFINITE:
         return FAIL if target_nonfinite else UNDECIDED
+    if target_dtype.startswith(("int", "uint")):
+        return UNDECIDED
     if thresholds.relative_l2 is not None:
         return PASS if relative_l2 <= thresholds.relative_l2 else FAIL
     if state == BASELINE_EXACT:

@@ -103,6 +103,14 @@ def test_an_exact_baseline_exposes_a_wrong_lookup(trace: Trace) -> None:
     assert (row["state"], row["verdict"], row["r_ratio"]) == ("baseline_exact", "fail", float("inf"))
 
 
+def test_indices_that_differ_are_undecided_since_their_distance_means_nothing(trace: Trace) -> None:
+    experts = np.tile(np.array([3, 1], np.int64), (1, POSITIONS, 1))
+    swapped = experts.copy()
+    swapped[0, 4] = [1, 3]
+    row = judge(trace, experts, experts, swapped)
+    assert (row["state"], row["verdict"]) == ("baseline_exact", "undecided")
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_nonfinite_value_of_the_target_fails(trace: Trace, bad: float) -> None:
     target = T.copy()
