@@ -1,34 +1,30 @@
-"""Models of NxD Inference on a CPU against transformers: are all sites matched, and rightly, and are faults found?
+"""Models of NxD Inference on a CPU against transformers: are all sites matched, and rightly?
 
 Small random checkpoints (norms away from 1, biases away from 0) are captured from transformers in FP32 and BF16, and
 from NxD Inference in FP32 and BF16 on one and two ranks: prefill and eight teacher-forced decode steps of twelve
 prompts. Needs the sources (NXDI_SRC, NXD_SRC); without them, one line says so.
 
-    python benchmarks/nxdi_models.py [--model NAME ...] [--no-faults | --only-faults] [--seed N] [--keep FOLDER]
+    python benchmarks/nxdi_models.py [--model NAME ...] [--seed N] [--keep FOLDER]
 
-The first table has one line per model, dtype and number of ranks. `share` is the part of the reference's sites that is
+The table has one line per model, dtype and number of ranks. `share` is the part of the reference's sites that is
 matched, `fits` the same without those that are skipped because the target has no such thing (modules of single
 experts). `flips` counts tokens, over all layers, that a router sends to other experts than in FP32: the baseline's,
 then the target's; one flip can outweigh all rounding. `wrong` counts pairs whose relative L2 is above 1e-3
 in FP32 (a BF16 run is held against the FP32 run on as many ranks: a pair that is wrong there, or not there, is wrong).
-The second has one line per planted fault: the site that the comparison names first, and whether it is the planted one.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from tensorsleuth.analyze.compare import ComparisonRequest, ComparisonSummary, compare
 from tensorsleuth.analyze.verdict import Thresholds
 from tensorsleuth.capture.generate import Generation
@@ -36,7 +32,6 @@ from tensorsleuth.capture.hf import ModelSource, quiet_transformers
 from tensorsleuth.capture.hf_run import HuggingFaceCapture, capture_hugging_face
 from tensorsleuth.capture.nxdi.run import NxdiCapture, capture_on_cpu
 from tensorsleuth.capture.prompts import PromptInput
-from tensorsleuth.cli.compare import first_divergence
 from tensorsleuth.porting.environment import find_environment, require_sources
 from tensorsleuth.store import InputError, SleuthError, Trace
 from tensorsleuth.store.dims import by_position
@@ -85,7 +80,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen3_moe": ("Qwen3MoeConfig", QWEN_EXPERTS, "NeuronQwen3MoeForCausalLM"),
     "gpt_oss": ("GptOssConfig", OSS_EXPERTS, "NeuronGptOssForCausalLM"),
 }
-LAYER = 1
 #: The library converts packed FP4 experts only; the checkpoints here hold plain ones.
 _GPT_OSS = """
 from neuronx_distributed_inference.models.gpt_oss import modeling_gpt_oss as library
@@ -293,143 +287,11 @@ def _explain(trace: Trace, run: str, summary: ComparisonSummary, wrong: list[tup
         print(f"    {row}", file=sys.stderr)
 
 
-@dataclass(frozen=True)
-class Fault:
-    """A planted bug.
+def run_tables(parser: argparse.ArgumentParser, table: Callable[[Path, argparse.Namespace], list[bool]]) -> None:
+    """Parse the command line and print a table; exit code 1 if a part is not as it should be.
 
-    Attributes:
-        site: the site of the reference that has to be named first.
-        weights: changes the checkpoint.
-        code: body of the port's model class; empty for the library's own.
-        ranks: numbers of ranks on which it exists.
-        below_bf16: its effect is smaller than the rounding of BF16, so that only FP32 can show it.
+    Without the sources of NxD Inference, one line says that the table is skipped.
     """
-
-    site: str
-    weights: Callable[[dict[str, torch.Tensor]], None] | None = None
-    code: str = ""
-    ranks: tuple[int, ...] = (1, 2)
-    below_bf16: bool = False
-
-
-def _scale_o_proj(weights: dict[str, torch.Tensor]) -> None:
-    weights[f"model.layers.{LAYER}.self_attn.o_proj.weight"] *= 1.01
-
-
-def _swap_kv_heads(weights: dict[str, torch.Tensor]) -> None:
-    heads, size = SIZES["num_key_value_heads"], SIZES["hidden_size"] // SIZES["num_attention_heads"]
-    order = [1, 0, *range(2, heads)]
-    for name in ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias"):
-        key = f"model.layers.{LAYER}.self_attn.{name}"
-        by_head = weights[key].reshape(heads, size, *weights[key].shape[1:])
-        weights[key] = by_head[order].reshape(weights[key].shape).contiguous()
-
-
-_EPSILON = """
-    def init_model(self, config):
-        super().init_model(config)
-        self.layers[{layer}].input_layernorm.variance_epsilon *= 100
-"""
-#: Every rank loads what rank 0 was given of one weight, or of all.
-_SHARD = """
-    def load_state_dict(self, state, strict=True, assign=False):
-        for name in sorted(state):
-            if {condition}:
-                weight = state[name].contiguous().clone()
-                torch.distributed.broadcast(weight, 0)
-                state[name] = weight
-        return super().load_state_dict(state, strict=strict, assign=assign)
-"""
-FAULTS = {
-    "o_proj x 1.01": Fault(f"model.layers.{LAYER}.self_attn.o_proj", weights=_scale_o_proj),
-    "norm epsilon x 100, 1st": Fault("model.layers.0.input_layernorm", code=_EPSILON.format(layer=0)),
-    "norm epsilon x 100, 2nd": Fault(
-        f"model.layers.{LAYER}.input_layernorm", code=_EPSILON.format(layer=LAYER), below_bf16=True
-    ),
-    "KV heads 0, 1 swapped": Fault(f"model.layers.{LAYER}.self_attn.k_proj", weights=_swap_kv_heads),
-    "rank 0's up_proj": Fault(
-        f"model.layers.{LAYER}.mlp.up_proj",
-        code=_SHARD.format(condition=f'name == "layers.{LAYER}.mlp.up_proj.weight"'),
-        ranks=(2,),
-    ),
-    "rank 0's layer": Fault(
-        f"model.layers.{LAYER}.self_attn.q_proj",
-        code=_SHARD.format(condition=f'name.startswith("layers.{LAYER}.") and "rank" not in name'),
-        ranks=(2,),
-    ),
-}
-_PORT = """
-import torch
-from neuronx_distributed_inference.models.llama.modeling_llama import NeuronLlamaForCausalLM, NeuronLlamaModel
-
-
-class BrokenModel(NeuronLlamaModel):
-{code}
-
-class Broken(NeuronLlamaForCausalLM):
-    _model_cls = BrokenModel
-"""
-FAULT_HEADER = (
-    f"{'fault':24} {'dtype':9} {'tp':>2} {'verdict':8} {'first failing site':36} {'phase':8} {'R or L2':>9}  as planted"
-)
-
-
-def fault_lines(folder: Path, seed: int) -> bool:
-    """Print the second table; returns whether every fault is found where it was planted."""
-    model = save_checkpoint("llama", folder / "faults-model", seed)
-    trace = references(folder / "faults", model, seed)
-    right = True
-    for number, (name, fault) in enumerate(FAULTS.items()):
-        broken, port = model, port_of("llama", folder)
-        if fault.weights is not None:
-            broken = _changed(model, fault.weights, folder / f"faults-model-{number}")
-        if fault.code:
-            file = folder / f"broken_port_{number}.py"
-            file.write_text(_PORT.format(code=fault.code))
-            port = f"{file}:Broken"
-        for dtype in ("float32", "bfloat16"):
-            for tp in fault.ranks:
-                right &= _fault_line(trace, name, fault, broken, port, dtype, tp, f"{number}-{dtype}-tp{tp}")
-    return right
-
-
-def _fault_line(trace: Trace, name: str, fault: Fault, model: Path, port: str, dtype: str, tp: int, run: str) -> bool:
-    summary = port_and_compare(trace, run, model, port, dtype, tp)
-    first = first_divergence(trace, run)
-    found = first is not None and first["site"] == fault.site
-    answer = "yes" if found else f"NO, {fault.site}"
-    if fault.below_bf16 and dtype == "bfloat16" and first is None:
-        found, answer = True, "below the rounding"
-    site, phase, size = "-", "-", float("nan")
-    if first is not None:
-        site, phase, size = first["site"], first["phase"], first["r_ratio"]
-        if dtype == "float32":
-            size = pairs_of(trace, run)[site, first["target_site"]]
-    print(
-        f"{name:24} {dtype:9} {tp:2} {summary.verdict:8} {site:36} {phase:8} {size:9.2e}  {answer}",
-        flush=True,
-    )
-    for reason in summary.reasons:
-        print(f"    {reason}", flush=True)
-    return found
-
-
-def _changed(model: Path, change: Callable[[dict[str, torch.Tensor]], None], folder: Path) -> Path:
-    """A copy of a checkpoint with changed weights."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(json.loads((model / "config.json").read_text())))
-    weights = load_file(model / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def main() -> None:
-    """Print both tables; exit code 1 if a line is not as it should be."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", choices=list(MODELS))
-    parser.add_argument("--no-faults", action="store_true")
-    parser.add_argument("--only-faults", action="store_true")
     parser.add_argument("--seed", type=int, default=0, help="of weights and prompts")
     parser.add_argument("--keep", type=Path, help="folder for checkpoints and traces; deleted afterwards by default")
     arguments = parser.parse_args()
@@ -440,18 +302,24 @@ def main() -> None:
         return
     quiet_transformers()
     torch.set_num_threads(1)
-    right = []
     with tempfile.TemporaryDirectory(prefix="nxdi-models-") as scratch:
         folder = arguments.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        if not arguments.only_faults:
-            print(HEADER, flush=True)
-            right += [clean_lines(name, folder, arguments.seed) for name in arguments.model or MODELS]
-        if not arguments.no_faults:
-            print(FAULT_HEADER, flush=True)
-            right.append(fault_lines(folder, arguments.seed))
+        right = table(folder, arguments)
     print(f"{sum(right)} of {len(right)} parts as required")
     sys.exit(not all(right))
+
+
+def _models(folder: Path, arguments: argparse.Namespace) -> list[bool]:
+    print(HEADER, flush=True)
+    return [clean_lines(name, folder, arguments.seed) for name in arguments.model or MODELS]
+
+
+def main() -> None:
+    """Print the table of models."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", choices=list(MODELS))
+    run_tables(parser, _models)
 
 
 if __name__ == "__main__":
