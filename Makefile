@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 LINKS := .typecheck/tensorsleuth
-PARTS := __init__.py __main__.py api.py py.typed analyze capture cli examples porting store
+PARTS := __init__.py __main__.py api.py py.typed analyze capture cli examples porting references store
 SOURCES := pyproject.toml constraints.txt
 
 .PHONY: demo test test-transformers5 lint dev bench clean

@@ -8,7 +8,23 @@ import typer
 
 from .. import __version__
 from ..store.errors import SleuthError
-from . import capture, compare, demo, imports, keep, look, mapping, plot, port
+from . import (
+    calibrate,
+    capture,
+    compare,
+    demo,
+    diagnose,
+    imports,
+    keep,
+    knowledge,
+    localize,
+    logits,
+    look,
+    mapping,
+    plot,
+    port,
+    replay,
+)
 
 app = typer.Typer(
     name="sleuth",
@@ -39,10 +55,16 @@ capture.register(app)
 imports.register(app)
 compare.register(app)
 mapping.register(app)
+logits.register(app)
+localize.register(app)
+replay.register(app)
+diagnose.register(app)
+calibrate.register(app)
 look.register(app)
 keep.register(app)
 plot.register(app)
 port.register(app)
+knowledge.register(app)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from . import port_generate, port_lint, port_run, port_structure
 from .console import Json, print_json, say
 
 
@@ -14,6 +15,8 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Ports to NxD Inference: the environment they need.", no_args_is_help=True)
     group.callback()(_group)
     group.command("env")(env)
+    for part in (port_structure, port_generate, port_lint, port_run):
+        part.register(group)
     app.add_typer(group, name="port")
 
 

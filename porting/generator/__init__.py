@@ -1,0 +1,1 @@
+"""generator writes the NxD Inference port of an architecture."""

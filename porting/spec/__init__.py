@@ -1,0 +1,1 @@
+"""spec describes an architecture: typed, versioned, every field with its source."""

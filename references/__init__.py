@@ -1,0 +1,1 @@
+"""references is the knowledge base: known pitfalls of ports, with their symptoms and remedies."""
