@@ -48,12 +48,18 @@ class HuggingFaceCausalModel:
         self._accepted = set(inspect.signature(model.forward).parameters)
 
     def __call__(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, cache: Any
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        cache: Any,
+        *,
+        use_cache: bool = True,
     ) -> tuple[torch.Tensor, Any]:
-        """See `generate.CausalModel`."""
+        """See `generate.CausalModel`; without `use_cache` modules may be called again with the same arguments."""
         extra: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
         known = {name: value for name, value in extra.items() if name in self._accepted}
-        output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **known)
+        output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=use_cache, **known)
         return output.logits, output.past_key_values
 
 

@@ -181,6 +181,7 @@ def record(
     rank: int = 0,
     shard_bytes: int = SHARD_BYTES,
     queue_bytes: int = QUEUE_BYTES,
+    recorder_type: Callable[[torch.nn.Module, TensorSink | None, Selection], Recorder] = Recorder,
 ) -> Iterator[Recorder]:
     """Record every forward pass of a model inside the `with` block as one run of a trace.
 
@@ -202,6 +203,7 @@ def record(
         rank: rank of this process.
         shard_bytes: size limit of a shard.
         queue_bytes: how many bytes may wait for the disk before the forward pass is held up.
+        recorder_type: makes the recorder, for one that does more than record.
 
     Yields:
         The recorder; `recorder.step(layout)` names the prompts and positions of a forward pass.
@@ -252,7 +254,7 @@ def record(
         queue_bytes=queue_bytes,
         take_turns=_n_cores() <= torch.get_num_threads(),
     )
-    recorder = Recorder(model, writer, selection or Selection())
+    recorder = recorder_type(model, writer, selection or Selection())
     try:
         facts["weights_fingerprint"] = weights_fingerprint(model)
         facts["statistics_only"] = statistics_only

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+_Value = TypeVar("_Value")
 
 
 def tensor_slots(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -28,6 +30,27 @@ def tensor_slots(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tens
         names = getattr(value, "_fields", None)
         for index, item in enumerate(value):
             yield from tensor_slots(item, _join(prefix, names[index] if names else str(index)))
+
+
+def with_tensors(value: _Value, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> _Value:
+    """The same nested value with other tensors in some slots, named as `tensor_slots` names them."""
+    found: Any = value
+    if isinstance(value, torch.Tensor):
+        return tensors.get(prefix, found)
+    if not any(slot == prefix or slot.startswith(f"{prefix}.") or not prefix for slot in tensors):
+        return value
+    if isinstance(value, Mapping):
+        items = {key: with_tensors(item, tensors, _join(prefix, str(key))) for key, item in value.items()}
+        return type(found)(**items) if dataclasses.is_dataclass(value) else type(found)(items)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        changed = {name: with_tensors(getattr(value, name), tensors, _join(prefix, name)) for name in names}
+        return dataclasses.replace(found, **changed)
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        names = getattr(value, "_fields", None) or [str(index) for index in range(len(value))]
+        parts = [with_tensors(item, tensors, _join(prefix, name)) for item, name in zip(found, names, strict=True)]
+        return type(found)(*parts) if hasattr(value, "_fields") else type(found)(parts)
+    return value
 
 
 def _join(prefix: str, name: str) -> str:
