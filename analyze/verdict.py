@@ -12,7 +12,7 @@ PASS, FAIL, UNDECIDED = "pass", "fail", "undecided"
 SHAPE_MISMATCH = "shape_mismatch"
 
 #: Unit roundoff of the dtypes a target may run in: half the distance from 1 to the next number.
-_UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def site_verdict(
     if thresholds.relative_l2 is not None:
         return PASS if relative_l2 <= thresholds.relative_l2 else FAIL
     if state == BASELINE_EXACT:
-        return PASS if relative_l2 <= _UNIT_ROUNDOFF.get(target_dtype, 0.0) else FAIL
+        return PASS if relative_l2 <= UNIT_ROUNDOFF.get(target_dtype, 0.0) else FAIL
     if r_ratio < thresholds.tau_r:
         return PASS
     return UNDECIDED if not math.isnan(r_low) and r_low <= 1.0 else FAIL
