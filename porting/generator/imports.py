@@ -1,0 +1,50 @@
+"""The import block of a port: every name that its text uses, from where NxD Inference keeps it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_NXD = "neuronx_distributed"
+_NXDI = "neuronx_distributed_inference"
+_MODULES: dict[str, tuple[str, ...]] = {
+    "transformers.activations": ("ACT2FN",),
+    "transformers.models.llama.modeling_llama": ("LlamaRMSNorm",),
+    f"{_NXD}.parallel_layers.layers": ("ColumnParallelLinear", "ParallelEmbedding", "RowParallelLinear"),
+    f"{_NXD}.parallel_layers.mappings": ("reduce_from_tensor_model_parallel_region",),
+    f"{_NXD}.utils": ("cpu_mode",),
+    f"{_NXDI}.models.config": ("InferenceConfig", "MoENeuronConfig", "NeuronConfig"),
+    f"{_NXDI}.models.llama.modeling_llama": ("Llama3RotaryEmbedding", "NeuronLlamaMLP"),
+    f"{_NXDI}.models.model_base": ("NeuronBaseForCausalLM", "NeuronBaseModel"),
+    f"{_NXDI}.modules.attention.attention_base": ("FlashAttentionStrategy", "NeuronAttentionBase"),
+    f"{_NXDI}.modules.attention.utils": ("RotaryEmbedding", "apply_rotary_pos_emb", "repeat_kv"),
+    f"{_NXDI}.modules.custom_calls": ("CustomRMSNorm",),
+    f"{_NXDI}.modules.moe_v2": ("initialize_moe_module",),
+    f"{_NXDI}.utils.hf_adapter": ("load_pretrained_config",),
+}
+_PLAIN = {"math": "import math", "torch": "import torch", "nn": "from torch import nn"}
+
+
+def imports_for(text: str, transformers_names: Iterable[str]) -> str:
+    """Import statements for the names that a module's text uses, in groups.
+
+    Args:
+        text: the module without imports.
+        transformers_names: names that come from transformers' top level.
+    """
+    groups: list[list[str]] = [[], [], []]
+    for name, statement in _PLAIN.items():
+        if _uses(text, name):
+            groups[0 if name == "math" else 1].append(statement)
+    top = sorted(name for name in transformers_names if _uses(text, name))
+    if top:
+        groups[1].append(f"from transformers import {', '.join(top)}")
+    for module, names in _MODULES.items():
+        used = [name for name in names if _uses(text, name)]
+        if used:
+            groups[1].append(f"from {module} import {', '.join(used)}")
+    return "\n\n".join("\n".join(group) for group in groups if group)
+
+
+def _uses(text: str, name: str) -> bool:
+    return re.search(rf"(?<![\w.]){name}\b", text) is not None

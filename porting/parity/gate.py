@@ -1,0 +1,253 @@
+"""The parity gate: a port's numbers against the model's, prefill and decode, in FP32 and BF16, on one and two ranks.
+
+The checkpoint is small and hostile (`spec.hostile`). In FP32, every site may differ from the reference by rounding
+alone; in BF16, every site may make no more than the baseline's error times tau_R. Every check is a comparison in a
+trace, so that what fails can be looked into afterwards.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ...analyze.compare import ComparisonRequest, ComparisonSummary, compare
+from ...analyze.sql_library import run_sql
+from ...analyze.verdict import FAIL, PASS, UNDECIDED, Thresholds
+from ...capture.generate import Generation
+from ...capture.hf import ModelSource, load_config
+from ...capture.hf_run import HuggingFaceCapture, capture_hugging_face
+from ...capture.nxdi.run import NxdiCapture, capture_on_cpu
+from ...capture.prompts import PromptInput
+from ...store.errors import CaptureError, InputError
+from ...store.progress import Progress, no_progress
+from ...store.trace import Trace
+from ..generator.generate import Port, generate, write_port
+from ..spec.architecture import Architecture
+from ..spec.extract import analyse_model
+from ..spec.hostile import random_model, small_config
+
+#: Largest relative L2 distance of a site in FP32.
+TOLERANCE = 1e-5
+REFERENCE, BASELINE = "fp32", "bf16"
+_DECODED = 8
+_PROMPTS = (5, 9, 12, 14)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run the port."""
+
+    dtype: str
+    tp: int
+
+    @property
+    def run(self) -> str:
+        """Name of its run and comparison."""
+        return f"{'fp32' if self.dtype == 'float32' else 'bf16'}-tp{self.tp}"
+
+
+QUICK = (Setting("float32", 1),)
+FULL = tuple(Setting(dtype, tp) for tp in (1, 2) for dtype in ("float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one setting gave.
+
+    Attributes:
+        setting: dtype and ranks.
+        verdict: `pass`, `fail` or `undecided`.
+        reasons: why not `pass`.
+        logits_error: relative L2 distance of the logits from the reference's, the worse of prefill and decode.
+        logits_ratio: their R against the baseline, None in FP32.
+        worst_site: the site with the largest error (FP32) or R (BF16).
+        worst: that error or R.
+        first_divergent: the first site that fails, empty without one.
+        n_sites: pairs compared.
+        n_unmatched: sites of the reference without counterpart.
+        seconds: time for capture and comparison.
+    """
+
+    setting: Setting
+    verdict: str
+    reasons: tuple[str, ...]
+    logits_error: float | None
+    logits_ratio: float | None
+    worst_site: str
+    worst: float | None
+    first_divergent: str
+    n_sites: int
+    n_unmatched: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """The outcome.
+
+    Attributes:
+        architecture: what was ported.
+        port: the generated files.
+        port_file: where they were written.
+        trace: folder of the trace.
+        checks: one per setting.
+        seconds_to_generate: time for analysis and generation.
+    """
+
+    architecture: Architecture
+    port: Port
+    port_file: Path
+    trace: Path
+    checks: tuple[Check, ...]
+    seconds_to_generate: float
+
+    @property
+    def verdict(self) -> str:
+        """`fail` if any check fails, else `undecided` if any is, else `pass`."""
+        found = {check.verdict for check in self.checks}
+        return FAIL if FAIL in found else UNDECIDED if UNDECIDED in found or not found else PASS
+
+
+def check_model(
+    model: Path, folder: Path, settings: Sequence[Setting] = FULL, *, seed: int = 0, progress: Progress = no_progress
+) -> GateReport:
+    """Analyse a model, generate its port, and check the port.
+
+    Args:
+        model: a model folder or a config.json.
+        folder: receives the port, the small checkpoint and the trace; must not hold a trace yet.
+        settings: what to run.
+        seed: of weights and prompts.
+        progress: called with a stage, steps done and steps in all.
+
+    Raises:
+        InputError: the model is not supported, or something on this machine is missing.
+    """
+    started = time.perf_counter()
+    progress("analyze", 0, len(settings) + 2)
+    architecture = analyse_model(model)
+    port = generate(architecture)
+    seconds = time.perf_counter() - started
+    config = load_config(ModelSource(model)).get_text_config()
+    file = write_port(port, folder)
+    checks, trace = check_port(config, f"{file}:{port.class_name}", folder, settings, seed=seed, progress=progress)
+    return GateReport(architecture, port, file, trace, checks, seconds)
+
+
+def check_port(
+    config: object,
+    port: str,
+    folder: Path,
+    settings: Sequence[Setting] = FULL,
+    *,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> tuple[tuple[Check, ...], Path]:
+    """Check a port file against the model of a configuration.
+
+    Args:
+        config: the model's configuration; a small, hostile one is made of it.
+        port: the port's class as FILE:CLASS.
+        folder: receives checkpoint and trace.
+        settings: what to run.
+        seed: of weights and prompts.
+        progress: called with a stage, steps done and steps in all.
+
+    Returns:
+        The checks, and the folder of the trace.
+
+    Raises:
+        InputError: the port cannot be built, or something on this machine is missing.
+    """
+    small = small_config(config)
+    model = random_model(small, seed)
+    checkpoint = folder / "checkpoint"
+    model.save_pretrained(checkpoint)
+    vocabulary = small.vocab_size
+    rng = np.random.default_rng(seed)
+    prompts = [
+        PromptInput(str(n), token_ids=tuple(int(token) for token in rng.integers(2, vocabulary, n))) for n in _PROMPTS
+    ]
+    trace = Trace.create(folder / "trace")
+    source, batch = ModelSource(checkpoint, attention="eager"), len(prompts)
+    steps = len(settings) + 2
+    progress("reference", 0, steps)
+    generation = Generation(new_tokens=_DECODED + 1, batch_size=batch)
+    capture_hugging_face(
+        trace, HuggingFaceCapture(source, REFERENCE, "reference", prompts=prompts, generation=generation)
+    )
+    if any(setting.dtype == "bfloat16" for setting in settings):
+        progress("baseline", 1, steps)
+        capture_hugging_face(
+            trace,
+            HuggingFaceCapture(
+                source, BASELINE, "baseline", "bfloat16", teacher=REFERENCE, generation=Generation(batch_size=batch)
+            ),
+        )
+    checks = []
+    for number, setting in enumerate(settings):
+        progress(setting.run, number + 2, steps)
+        checks.append(_check(trace, checkpoint, port, setting, batch))
+    return tuple(checks), trace.path
+
+
+def _check(trace: Trace, checkpoint: Path, port: str, setting: Setting, batch: int) -> Check:
+    started = time.perf_counter()
+    request = NxdiCapture(
+        checkpoint,
+        port,
+        f"port-{setting.run}",
+        "target",
+        dtype=setting.dtype,
+        tp=setting.tp,
+        teacher=REFERENCE,
+        generation=Generation(batch_size=batch),
+    )
+    try:
+        capture_on_cpu(trace, request)
+    except (CaptureError, InputError) as error:
+        reasons = (f"the port does not run: {error}",)
+        return Check(setting, FAIL, reasons, None, None, "", None, "", 0, 0, time.perf_counter() - started)
+    in_fp32 = setting.dtype == "float32"
+    summary = compare(
+        trace,
+        ComparisonRequest(
+            REFERENCE,
+            request.run,
+            None if in_fp32 else BASELINE,
+            name=setting.run,
+            thresholds=Thresholds(relative_l2=TOLERANCE) if in_fp32 else Thresholds(),
+        ),
+    )
+    return _described(trace, setting, summary, time.perf_counter() - started)
+
+
+def _described(trace: Trace, setting: Setting, summary: ComparisonSummary, seconds: float) -> Check:
+    by = "relative_l2" if setting.dtype == "float32" else "r_ratio"
+    rows = run_sql(
+        trace,
+        f"""SELECT site, phase, target_site, relative_l2, r_ratio, verdict, state FROM measurements
+            WHERE comparison = ? AND prompt IS NULL AND {by} IS NOT NULL ORDER BY {by} DESC, exec_order""",  # noqa: S608
+        [summary.comparison],
+    ).to_pylist()
+    logits = [row for row in rows if row["site"].endswith("[logits]") or row["site"] == "(root)[0]"]
+    first = run_sql(
+        trace, "SELECT * FROM first_divergence WHERE comparison = ? AND overall", [summary.comparison]
+    ).to_pylist()
+    return Check(
+        setting=setting,
+        verdict=summary.verdict,
+        reasons=summary.reasons,
+        logits_error=max((row["relative_l2"] for row in logits if row["relative_l2"] is not None), default=None),
+        logits_ratio=None if by == "relative_l2" else max((row["r_ratio"] for row in logits), default=None),
+        worst_site=f"{rows[0]['site']} ({rows[0]['phase']})" if rows else "",
+        worst=rows[0][by] if rows else None,
+        first_divergent=f"{first[0]['site']} ({first[0]['phase']})" if first else "",
+        n_sites=summary.n_matched,
+        n_unmatched=summary.n_unmatched,
+        seconds=seconds,
+    )

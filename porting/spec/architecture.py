@@ -1,0 +1,378 @@
+"""What an architecture is: the facts a port is generated from, each with the place it was read or measured.
+
+Sizes are `Number`s: a Python expression over the model's configuration and its value for the analysed model, so that
+one port serves every size of the architecture. What differs between layers is a tuple of cases; the first whose
+condition holds for a layer (`config` and `layer_idx` are in scope) applies, and the last has none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+#: Version of the document; a reader refuses others.
+VERSION = 1
+
+
+class Fact:
+    """Base of everything a spec is made of."""
+
+
+@dataclass(frozen=True)
+class Number(Fact):
+    """A number of the architecture.
+
+    Attributes:
+        expression: Python over `config`, for example `config.rms_norm_eps` or `1e-05`.
+        value: what it is for the analysed model.
+    """
+
+    expression: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Norm(Fact):
+    """A normalisation over the last axis.
+
+    Attributes:
+        kind: `rms` (y = x / sqrt(mean(x^2) + eps)) or `layer` (mean subtracted first).
+        eps: epsilon inside the root.
+        offset: added to the weight: 1 where the checkpoint stores w and the model multiplies by 1 + w.
+        weight: whether there is a weight.
+        bias: whether there is a bias.
+        rounding: where a model in low precision rounds: `normalized` (before the weight), `product` (after it), or
+            `native` (as torch's layer_norm).
+    """
+
+    kind: str
+    eps: Number
+    offset: float
+    weight: bool
+    bias: bool
+    rounding: str
+
+
+@dataclass(frozen=True)
+class QueryKeyNorm(Fact):
+    """Normalised queries and keys.
+
+    Attributes:
+        query: module of the queries' norm, relative to the attention.
+        key: module of the keys' norm.
+        norm: the norm.
+        scope: `head` (one weight for all heads), `heads` (a weight per head, normalised per head) or `width` (over all
+            heads together).
+        after_rotary: whether it follows the rotary embedding.
+    """
+
+    query: str
+    key: str
+    norm: Norm
+    scope: str
+    after_rotary: bool = False
+
+
+@dataclass(frozen=True)
+class Rotary(Fact):
+    """A rotary embedding.
+
+    Attributes:
+        kind: how frequencies follow from the base: `default`, `linear`, `llama3`, `yarn`, `longrope`.
+        theta: the base.
+        dim: how many features of a head are rotated, the first ones.
+        layout: which features form a pair: `half` (i and i + dim/2) or `interleaved` (2i and 2i + 1).
+        scaling: expression of the dictionary with the scaling's parameters, empty for `default`.
+        factor: factor on cosine and sine; 1 but for yarn and longrope.
+    """
+
+    kind: str
+    theta: Number
+    dim: Number
+    layout: str
+    scaling: str = ""
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class RotaryCase(Fact):
+    """The rotary embedding of the layers for which `condition` holds; None where positions are not encoded."""
+
+    condition: str
+    rotary: Rotary | None
+
+
+@dataclass(frozen=True)
+class MaskCase(Fact):
+    """What the layers for which `condition` holds may attend to.
+
+    Attributes:
+        condition: which layers.
+        kind: `causal`, `window` (the last `size` positions, the own one included) or `chunk` (the own chunk of `size`).
+        size: of window or chunk.
+    """
+
+    condition: str
+    kind: str
+    size: Number | None = None
+
+
+@dataclass(frozen=True)
+class Attention(Fact):
+    """Self-attention.
+
+    Attributes:
+        module: its name in a layer.
+        class_name: class in transformers.
+        heads: query heads.
+        kv_heads: key and value heads.
+        head_dim: features of a head.
+        layout: `separate` projections, or one with rows `plain` (queries, keys, values) or `grouped` (for every KV head its
+            queries, its key, its value).
+        projections: modules of queries, keys and values, or of the one projection.
+        output: module of the output projection.
+        qkv_bias: whether queries, keys and values have a bias.
+        output_bias: whether the output projection has one.
+        transposed: whether weights are stored input first (Conv1D).
+        scale: factor on the scores.
+        rotary: by layer.
+        mask: by layer.
+        query_key_norm: None without.
+        softcap: scores are softcap * tanh(score / softcap); None without.
+        clip: queries, keys and values are clamped to +-clip; None without.
+        sinks: parameter with one score per head that takes part in the softmax only; empty without.
+    """
+
+    module: str
+    class_name: str
+    heads: Number
+    kv_heads: Number
+    head_dim: Number
+    layout: str
+    projections: tuple[str, ...]
+    output: str
+    qkv_bias: tuple[bool, ...]
+    output_bias: bool
+    transposed: bool
+    scale: Number
+    rotary: tuple[RotaryCase, ...]
+    mask: tuple[MaskCase, ...]
+    query_key_norm: QueryKeyNorm | None = None
+    softcap: Number | None = None
+    clip: Number | None = None
+    sinks: str = ""
+
+
+@dataclass(frozen=True)
+class FeedForward(Fact):
+    """A dense feed-forward block.
+
+    Attributes:
+        module: its name in a layer; empty where its projections are the layer's own.
+        class_name: class in transformers.
+        kind: `gated` (down(act(gate(x)) * up(x))) or `plain` (down(act(up(x)))).
+        activation: expression of the activation's name in transformers.
+        activation_name: that name.
+        intermediate: width between.
+        gate: module of the gate; the same as `up` where one projection holds both.
+        up: module of the other factor.
+        down: module of the output.
+        layout: `separate`, or which rows of the one projection come first: `gate_first`, `up_first`.
+        up_bias: whether gate and up have biases.
+        down_bias: whether the output has one.
+        transposed: whether weights are stored input first (Conv1D).
+    """
+
+    module: str
+    class_name: str
+    kind: str
+    activation: str
+    activation_name: str
+    intermediate: Number
+    gate: str
+    up: str
+    down: str
+    layout: str
+    up_bias: bool
+    down_bias: bool
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class FeedForwardCase(Fact):
+    """The feed-forward block of the layers for which `condition` holds."""
+
+    condition: str
+    block: FeedForward
+
+
+@dataclass(frozen=True)
+class Term(Fact):
+    """A summand: the output of a node (`hidden_states`: the layer's input) times a factor."""
+
+    node: str
+    factor: Number | None = None
+
+
+@dataclass(frozen=True)
+class Node(Fact):
+    """A module of a layer and the sum it is given.
+
+    Attributes:
+        name: module in the layer.
+        role: `norm`, `attention`, `feed_forward`.
+        terms: its input, in the order in which it is added up.
+        source: where in transformers it is called.
+    """
+
+    name: str
+    role: str
+    terms: tuple[Term, ...]
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class NamedNorm(Fact):
+    """A norm of a layer by its module name."""
+
+    name: str
+    norm: Norm
+
+
+@dataclass(frozen=True)
+class Layer(Fact):
+    """A decoder layer: its modules in the order in which they are called, and the sum that it returns."""
+
+    class_name: str
+    path: str
+    norms: tuple[NamedNorm, ...]
+    nodes: tuple[Node, ...]
+    output: tuple[Term, ...]
+
+    @property
+    def placement(self) -> str:
+        """Where norms stand, in the usual words."""
+        normed = {node.name for node in self.nodes if node.role == "norm"}
+        blocks = [node for node in self.nodes if node.role != "norm"]
+        before = [any(term.node in normed for term in node.terms) for node in blocks]
+        inside = {
+            term.node for node in self.nodes if node.role == "norm" for term in node.terms if len(node.terms) == 1
+        }
+        after = [node.name in inside for node in blocks]
+        words = [word for word, found in (("pre", all(before)), ("post", all(after))) if found]
+        return "+".join(words) or "mixed"
+
+    @property
+    def residual(self) -> str:
+        """`parallel` where attention and feed-forward block see the same residual, else `sequential`."""
+        attention = {node.name for node in self.nodes if node.role == "attention"}
+        reached = {"hidden_states": False}
+        for node in self.nodes:
+            reached[node.name] = node.name in attention or any(reached[term.node] for term in node.terms)
+            if node.role == "feed_forward":
+                return "sequential" if reached[node.name] else "parallel"
+        return "sequential"
+
+
+@dataclass(frozen=True)
+class Positions(Fact):
+    """Learned positions: a table that is looked up at the token's position plus an offset."""
+
+    module: str
+    offset: int
+    rows: Number
+
+
+@dataclass(frozen=True)
+class Embedding(Fact):
+    """From token ids to the first layer's input.
+
+    Attributes:
+        module: the table.
+        factor: factor on the embedding, None without.
+        factor_rounded: whether the factor is rounded to the model's precision first.
+        in_module: whether the table's module itself multiplies.
+        positions: learned positions, None without.
+    """
+
+    module: str
+    factor: Number | None = None
+    factor_rounded: bool = False
+    in_module: bool = False
+    positions: Positions | None = None
+
+
+@dataclass(frozen=True)
+class Head(Fact):
+    """From the last layer's output to logits.
+
+    Attributes:
+        norm_module: the final norm's module.
+        norm: the final norm.
+        module: the projection.
+        bias: whether it has one.
+        tied: whether its weight is the embedding's.
+        scale: factor on logits, None without.
+        softcap: logits are softcap * tanh(logits / softcap); None without.
+    """
+
+    norm_module: str
+    norm: Norm
+    module: str
+    bias: bool
+    tied: bool
+    scale: Number | None = None
+    softcap: Number | None = None
+
+
+@dataclass(frozen=True)
+class Source(Fact):
+    """Where a field comes from.
+
+    Attributes:
+        field: dotted path of the field in the spec.
+        origin: `config: KEY`, `checkpoint: KEY`, `FILE:LINE` of transformers, or `measured: ...`, joined by `; `.
+    """
+
+    field: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class Architecture(Fact):
+    """Everything a port is generated from.
+
+    Attributes:
+        model_type: of the configuration.
+        class_name: the causal language model in transformers.
+        config_class: its configuration.
+        module_name: module of transformers that defines it.
+        prefix: what precedes the base model's weights in a checkpoint.
+        hidden: width of the residual stream.
+        n_layers: number of layers.
+        vocabulary: number of token ids.
+        embedding: the input side.
+        layer: how a layer is wired.
+        attention: its attention.
+        feed_forward: its feed-forward block, by layer.
+        head: the output side.
+        ignored: patterns of checkpoint keys that carry nothing (buffers that are computed).
+        sources: where every field comes from.
+        version: of this document.
+    """
+
+    model_type: str
+    class_name: str
+    config_class: str
+    module_name: str
+    prefix: str
+    hidden: Number
+    n_layers: Number
+    vocabulary: Number
+    embedding: Embedding
+    layer: Layer
+    attention: Attention
+    feed_forward: tuple[FeedForwardCase, ...]
+    head: Head
+    ignored: tuple[str, ...] = ()
+    sources: tuple[Source, ...] = field(default=(), repr=False)
+    version: int = VERSION

@@ -1,0 +1,107 @@
+"""A spec as JSON: written, read back, and its schema."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from ...store.errors import InputError
+from . import architecture
+from .architecture import VERSION, Architecture, Fact, Number
+
+_JSON_TYPES: dict[Any, dict[str, Any]] = {
+    str: {"type": "string"},
+    bool: {"type": "boolean"},
+    int: {"type": "integer"},
+    float: {"type": "number"},
+    type(None): {"type": "null"},
+}
+
+
+def to_json(spec: Architecture) -> str:
+    """The spec as JSON; equal specs give equal text."""
+    return json.dumps(dataclasses.asdict(spec), indent=2) + "\n"
+
+
+def from_json(text: str) -> Architecture:
+    """Read a spec back.
+
+    Raises:
+        InputError: the text is none, or of another version.
+    """
+    try:
+        document = json.loads(text)
+        found = document.get("version")
+        if found != VERSION:
+            raise InputError(
+                f"the architecture has version {found}, this tensorsleuth reads {VERSION}: analyze it again"
+            )
+        return typing.cast(Architecture, _read(Architecture, document))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"this is no architecture: {type(error).__name__}: {error}; write one with port analyze"
+        ) from error
+
+
+def _read(kind: Any, value: Any) -> Any:
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        if value is None:
+            return None
+        return _read(next(k for k in typing.get_args(kind) if k is not type(None)), value)
+    if typing.get_origin(kind) is tuple:
+        return tuple(_read(typing.get_args(kind)[0], item) for item in value)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        hints = typing.get_type_hints(kind, vars(architecture))
+        unknown = set(value) - set(hints)
+        if unknown:
+            raise TypeError(f"{kind.__name__} has no {', '.join(sorted(unknown))}")
+        return kind(**{name: _read(hints[name], item) for name, item in value.items()})
+    return value
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of the document (draft 2020-12)."""
+    definitions: dict[str, Any] = {}
+    root = _schema(Architecture, definitions)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **root, "$defs": definitions}
+
+
+def _schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    if kind in _JSON_TYPES:
+        return _JSON_TYPES[kind]
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return {"anyOf": [_schema(k, definitions) for k in typing.get_args(kind)]}
+    if typing.get_origin(kind) is tuple:
+        return {"type": "array", "items": _schema(typing.get_args(kind)[0], definitions)}
+    if kind.__name__ not in definitions:
+        definitions[kind.__name__] = {}
+        hints = typing.get_type_hints(kind, vars(architecture))
+        fields = dataclasses.fields(kind)
+        definitions[kind.__name__] = {
+            "type": "object",
+            "description": (kind.__doc__ or "").strip().splitlines()[0],
+            "properties": {field.name: _schema(hints[field.name], definitions) for field in fields},
+            "required": [field.name for field in fields],
+            "additionalProperties": False,
+        }
+    return {"$ref": f"#/$defs/{kind.__name__}"}
+
+
+def numbers_in(value: Any) -> Iterator[str]:
+    """Every expression and condition of a spec."""
+    if isinstance(value, Number):
+        yield value.expression
+    elif isinstance(value, Fact) and dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            item = getattr(value, field.name)
+            if field.name in ("condition", "activation", "scaling"):
+                yield item
+            else:
+                yield from numbers_in(item)
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from numbers_in(item)

@@ -1,0 +1,174 @@
+"""From a model folder or a configuration to its architecture."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ...capture.hf import ModelSource, load_config
+from ...store.errors import InputError
+from .architecture import Architecture, FeedForward, FeedForwardCase, Layer, MaskCase, RotaryCase
+from .attention import AttentionAnalysis, LayerAttention, with_cases
+from .checkpoint import checkpoint_keys
+from .ends import analyse_embedding, analyse_head
+from .expressions import Expressions
+from .feed_forward import analyse_feed_forward
+from .feed_forward import claims as feed_forward_claims
+from .hostile import random_model, small_config, tokens_for
+from .layers import LayerAnalysis, cases_of, find_layers
+from .observation import Observation, observe
+from .sources import Sources
+
+_IGNORED = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"attention\.(masked_)?bias$")
+
+
+@dataclass(frozen=True)
+class _Parts:
+    layer: Layer
+    attention: LayerAttention
+    block: FeedForward
+    block_path: str
+
+
+def analyse_model(path: Path) -> Architecture:
+    """Analyse a model folder, or a config.json alone.
+
+    The configuration is made small (`hostile`), the small model runs once, and every step of it is explained. With
+    weights in the folder, their names and shapes must be the configuration's, and each must be consumed.
+
+    Raises:
+        InputError: the model cannot be read, or does something that is not understood: the message begins with
+            `unsupported:` and names it.
+    """
+    config = load_config(ModelSource(path)).get_text_config()
+    architecture = analyse_config(config)
+    keys = checkpoint_keys(path)
+    if keys is not None:
+        check_checkpoint(architecture, config, keys)
+    return architecture
+
+
+def analyse_config(config: Any) -> Architecture:
+    """Analyse a configuration.
+
+    Raises:
+        InputError: as `analyse_model`.
+    """
+    small = small_config(config)
+    model = random_model(small)
+    seen = observe(model, tokens_for(small))
+    numbers, sources = Expressions(small, config), Sources()
+    layers = find_layers(model, small.num_hidden_layers)
+    parts = [_analyse_layer(seen, f"{layers}.{n}", numbers, sources) for n in range(small.num_hidden_layers)]
+    first = parts[0]
+    for number, part in enumerate(parts):
+        if _wiring(part.layer) != _wiring(first.layer):
+            raise InputError(f"unsupported: layer {number} of {type(model).__name__} is wired unlike layer 0")
+    embedding = analyse_embedding(seen, layers, numbers, sources)
+    head = analyse_head(seen, layers, embedding, numbers, sources)
+    found = [part.attention.attention for part in parts]
+    if any(with_cases(a, (), ()) != with_cases(found[0], (), ()) for a in found):
+        raise InputError(f"unsupported: attention of {type(model).__name__} differs between layers")
+    rotary = cases_of([a.rotary[0].rotary for a in found], numbers, "rotary embedding", RotaryCase)
+    mask = cases_of([_bare(a.mask[0]) for a in found], numbers, "mask", lambda c, m: MaskCase(c, m.kind, m.size))
+    blocks = cases_of([part.block for part in parts], numbers, "feed-forward block", FeedForwardCase)
+    architecture = Architecture(
+        model_type=config.model_type,
+        class_name=type(model).__name__,
+        config_class=type(config).__name__,
+        module_name=type(model).__module__,
+        prefix=f"{model.base_model_prefix}." if layers.startswith(f"{model.base_model_prefix}.") else "",
+        hidden=numbers.number("config.hidden_size"),
+        n_layers=numbers.number("config.num_hidden_layers"),
+        vocabulary=numbers.number("config.vocab_size"),
+        embedding=embedding,
+        layer=_without_index(first.layer, layers),
+        attention=with_cases(found[0], rotary, mask),
+        feed_forward=blocks,
+        head=head,
+        ignored=_IGNORED,
+        sources=_with_defaults(sources).entries(),
+    )
+    _check_claims(seen, layers, parts, architecture)
+    return architecture
+
+
+def _analyse_layer(seen: Observation, path: str, numbers: Expressions, sources: Sources) -> _Parts:
+    analysis = LayerAnalysis(seen, path, numbers, sources)
+    attention = AttentionAnalysis(seen, analysis.attention, numbers, sources).run()
+    block_path, calls = analysis.feed_forward()
+    block = analyse_feed_forward(seen, block_path, calls, numbers, sources)
+    return _Parts(analysis.run(), attention, block, block_path)
+
+
+def _wiring(layer: Layer) -> object:
+    return [(n.name, n.role, n.terms) for n in layer.nodes], layer.output, layer.norms
+
+
+def _bare(mask: MaskCase) -> MaskCase:
+    return MaskCase("", mask.kind, mask.size)
+
+
+def _without_index(layer: Layer, layers: str) -> Layer:
+    return Layer(layer.class_name, layers, layer.norms, layer.nodes, layer.output)
+
+
+def _with_defaults(sources: Sources) -> Sources:
+    for field, key in (("hidden", "hidden_size"), ("n_layers", "num_hidden_layers"), ("vocabulary", "vocab_size")):
+        sources.add(field, f"config: {key}")
+    return sources
+
+
+def _check_claims(seen: Observation, layers: str, parts: list[_Parts], architecture: Architecture) -> None:
+    """Every parameter of the small model is part of the description."""
+    claimed = {f"{architecture.head.norm_module}.{k}" for k in ("weight", "bias")}
+    claimed |= {f"{architecture.head.module}.{k}" for k in ("weight", "bias")}
+    claimed.add(f"{architecture.embedding.module}.weight")
+    if architecture.embedding.positions is not None:
+        claimed.add(f"{architecture.embedding.positions.module}.weight")
+    for number, part in enumerate(parts):
+        inside = f"{layers}.{number}"
+        claimed |= {f"{inside}.{norm.name}.{kind}" for norm in part.layer.norms for kind in ("weight", "bias")}
+        attention = part.attention
+        claimed |= {f"{inside}.{attention.attention.module}.{name}" for name in attention.claims}
+        claimed |= {f"{part.block_path}.{name}" for name in feed_forward_claims(part.block)}
+    for name, _ in seen.model.named_parameters():
+        if name not in claimed:
+            raise InputError(f"unsupported: parameter {name} of {architecture.class_name} has no place in the port")
+
+
+def check_checkpoint(architecture: Architecture, config: Any, keys: dict[str, tuple[int, ...]]) -> None:
+    """Compare a checkpoint's names and shapes with what the configuration builds.
+
+    Raises:
+        InputError: a weight is missing, has another shape, or is none that the model knows.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    patterns = (*architecture.ignored, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if architecture.head.tied else set()
+    prefix = architecture.prefix
+    known = dict(keys)
+    if prefix and not any(name.startswith(prefix) for name in keys):
+        known = {name if name in expected else f"{prefix}{name}": shape for name, shape in keys.items()}
+    for name, shape in known.items():
+        if any(re.search(pattern, name) for pattern in patterns):
+            continue
+        if name not in expected:
+            raise InputError(f"unsupported: checkpoint weight {name} is none of {architecture.class_name}'s")
+        if shape != expected[name]:
+            raise InputError(
+                f"unsupported: checkpoint weight {name} has shape {list(shape)}, the configuration {list(expected[name])}"
+            )
+    buffers = {name for name, _ in model.named_buffers()}
+    missing = sorted(set(expected) - set(known) - tied - buffers)
+    if missing:
+        raise InputError(
+            f"the checkpoint lacks {len(missing)} weights of {architecture.class_name}: {', '.join(missing[:4])}"
+        )

@@ -1,0 +1,171 @@
+"""A small model of an architecture in which nothing is equal by accident.
+
+Sizes are distinct and awkward (a vocabulary that no number of ranks divides, heads whose product is not the hidden
+size, KV heads that two ranks do not divide), factors are not 1, windows are shorter than the prompts, norms are not 1
+and biases not 0. A port that is right here has no symmetry to hide behind.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ...store.errors import InputError
+
+#: Small values by configuration key. Keys that a configuration lacks stay out.
+_SIZES: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 96,
+    "intermediate_size": 112,
+    "ffn_dim": 112,
+    "ffn_hidden_size": 112,
+    "word_embed_proj_dim": 96,
+    "num_attention_heads": 6,
+    "head_dim": 24,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "sliding_window": 7,
+    "attention_chunk_size": 8,
+}
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads")
+#: Factors that are 1 (or what the size dictates) in many configurations, and would then go unseen.
+_FACTORS: dict[str, float] = {
+    "attention_multiplier": 0.23,
+    "embedding_multiplier": 1.7,
+    "residual_multiplier": 0.61,
+    "logits_scaling": 1.9,
+    "logit_scale": 0.37,
+    "query_pre_attn_scalar": 29.0,
+    "attn_logit_softcapping": 2.5,
+    "final_logit_softcapping": 3.5,
+    "clip_qkv": 1.1,
+}
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+_EPSILON = 3e-4
+#: Dropout, and what else differs between training and inference.
+_SILENT = ("dropout", "pdrop", "drop_prob", "jitter")
+_PER_LAYER = ("layer_types", "no_rope_layers", "rope_layers", "mlp_layer_types")
+_SCALE_OF_BIAS = 0.3
+_SCALE_OF_NORM = 0.3
+
+
+def small_config(config: Any, *, n_layers: int | None = None) -> Any:
+    """A configuration of the same architecture with small, awkward sizes.
+
+    Args:
+        config: the configuration of the model.
+        n_layers: number of layers; by default the fewest that hold every kind of layer.
+
+    Raises:
+        InputError: the small configuration is refused by its class.
+    """
+    small = copy.deepcopy(config)
+    known = set(config.to_dict()) | set(getattr(config, "attribute_map", {}))
+    wanted = {key: value for key, value in _SIZES.items() if key in known}
+    if getattr(config, "head_dim", None) is None:
+        wanted.pop("head_dim", None)
+    for key in ("sliding_window", "attention_chunk_size", "pad_token_id", "bos_token_id"):
+        if getattr(config, key, None) is None and key != "pad_token_id":
+            wanted.pop(key, None)
+    for key in _KV_HEADS:
+        if key in known:
+            wanted[key] = _kv_heads(config, key)
+    wanted.update({key: value for key, value in _FACTORS.items() if getattr(config, key, None) is not None})
+    wanted.update({key: _EPSILON for key in _EPSILONS if key in known})
+    wanted.update({key: 0.0 for key in known if any(word in key for word in _SILENT) and _is_number(config, key)})
+    layers = _layers(config, n_layers)
+    wanted["num_hidden_layers"] = len(layers)
+    for key in _PER_LAYER:
+        values = getattr(config, key, None)
+        if isinstance(values, (list, tuple)) and len(values) == config.num_hidden_layers:
+            wanted[key] = [values[layer] for layer in layers]
+    for key, value in wanted.items():
+        setattr(small, key, value)
+    _shorten_factors(small)
+    small.eos_token_id = None
+    small.use_cache = True
+    return small
+
+
+def _kv_heads(config: Any, key: str) -> int:
+    heads = getattr(config, key)
+    if heads in (None, config.num_attention_heads):
+        return int(_SIZES["num_attention_heads"])
+    return 1 if heads == 1 else 3
+
+
+def _layers(config: Any, n_layers: int | None) -> list[int]:
+    """Layers that hold every kind, and one after the last kind begins: caches are then read after a switch."""
+    total = config.num_hidden_layers
+    if n_layers is not None:
+        return list(range(n_layers))
+    kinds = []
+    for layer in range(total):
+        values = (getattr(config, key, None) for key in _PER_LAYER)
+        kinds.append(tuple(str(v[layer]) for v in values if isinstance(v, (list, tuple)) and len(v) == total))
+    firsts = sorted(kinds.index(kind) for kind in dict.fromkeys(kinds))
+    chosen = firsts if len(firsts) > 1 else [0, min(1, total - 1)]
+    return sorted(set(chosen)) if len(firsts) == 1 else [*firsts, *([firsts[0]] if kinds[0] != kinds[-1] else [])]
+
+
+def _shorten_factors(config: Any) -> None:
+    """Lists of rotary factors have one entry per pair of features."""
+    scaling = getattr(config, "rope_scaling", None)
+    if not isinstance(scaling, dict):
+        return
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    pairs = int(head_dim * getattr(config, "partial_rotary_factor", 1.0)) // 2
+    for key in ("short_factor", "long_factor"):
+        if isinstance(scaling.get(key), list):
+            scaling[key] = [1.0 + 0.07 * index for index in range(pairs)]
+
+
+def _is_number(config: Any, key: str) -> bool:
+    value = getattr(config, key, None)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def random_model(config: Any, seed: int = 0) -> torch.nn.Module:
+    """A model with random weights: norms away from where they begin, biases away from 0.
+
+    Raises:
+        InputError: transformers cannot build the configuration.
+    """
+    torch.manual_seed(seed)
+    try:
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
+    except (ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
+        raise InputError(f"{config.model_type} cannot be built small: {type(error).__name__}: {error}") from error
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("bias"):
+                parameter.copy_(_SCALE_OF_BIAS * noise)
+            elif parameter.ndim < 2 or "norm" in name.lower():
+                parameter.copy_(parameter.mean() + _SCALE_OF_NORM * noise)
+            elif parameter.ndim == 2:
+                fan_in = parameter.shape[0] if _is_conv(model, name) else parameter.shape[1]
+                parameter.copy_(noise / fan_in**0.5)
+            else:
+                parameter.copy_(noise / max(parameter.shape[1:]) ** 0.5)
+    return model.eval()
+
+
+def _is_conv(model: torch.nn.Module, name: str) -> bool:
+    return type(model.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D"
+
+
+def tokens_for(config: Any, batch: int = 2, length: int = 17, seed: int = 1) -> torch.Tensor:
+    """Random token ids, (batch, length); padding and special tokens do not occur."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, config.get_text_config().vocab_size, (batch, length), generator=generator)
+
+
+def distinct(values: Sequence[float]) -> bool:
+    """Whether no two values are equal."""
+    return len(set(values)) == len(values)
