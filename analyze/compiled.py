@@ -48,6 +48,52 @@ as_float64 = _bitcast(types.int64, types.float64)
 as_bits = _bitcast(types.float64, types.int64)
 
 
+def _widening() -> Any:
+    """A function of the bits of a float32 (uint32) or bfloat16 (uint16): the number as float64."""
+
+    def typing(typing_context: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            word = context.get_value_type(types.uint32)
+            bits = arguments[0]
+            if signature.args[0] == types.uint16:
+                bits = builder.shl(builder.zext(bits, word), word(16))
+            single = builder.bitcast(bits, context.get_value_type(types.float32))
+            return builder.fpext(single, context.get_value_type(types.float64))
+
+        return types.float64(value), generate
+
+    return intrinsic(typing)
+
+
+widened = _widening()
+
+
+def _accumulation(operands: int) -> Any:
+    """A function that adds a number, or a product of two, to a sum, in whatever order vectorises best.
+
+    Only this addition may be reassociated; a flag on the whole function would let `(b - r) - shift` become
+    `b - (r + shift)`, which cancels.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        total, value = arguments[:2]
+        if operands == 2:
+            value = builder.fmul(value, arguments[2], flags=("contract",))
+        return builder.fadd(total, value, flags=("reassoc", "contract", "nsz"))
+
+    def one(typing_context: Any, total: Any, value: Any) -> Any:
+        return types.float64(types.float64, types.float64), generate
+
+    def two(typing_context: Any, total: Any, value: Any, factor: Any) -> Any:
+        return types.float64(types.float64, types.float64, types.float64), generate
+
+    return intrinsic(one if operands == 1 else two)
+
+
+plus = _accumulation(1)
+plus_product = _accumulation(2)
+
+
 def _cache_hint() -> Any:
     """A function (array, element) that asks for a cache line without waiting for it."""
 

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from .block_kernels import INFINITY_BITS, read_block
 from .compiled import MAGNITUDE, as_bits, as_float32, as_float64, compiled, compiled_sum, prefetch
 from .rows import (
     BAD,
@@ -57,7 +58,6 @@ from .triples import (
 
 BLOCK = 1024  # elements; the work arrays that a float comparison touches (40 KB) stay in the first-level cache
 
-_INFINITY_BITS = 0x7FF0_0000_0000_0000
 _LOW_BITS = 2047  # what a 64-bit integer has beyond the 53 bits of a float64
 
 _Views: TypeAlias = tuple[ByteArray, Any, Any, IntArray]
@@ -249,11 +249,26 @@ def read_rows(
     uncounted = np.zeros((1, COLUMNS))
     at, first = start, start // features
     size_r, size_b, size_t = ITEM_BYTES[kind_r], ITEM_BYTES[kind_b], ITEM_BYTES[kind_t]
+    common = has_baseline and kind_r == FLOAT32 and kind_b == BFLOAT16 and (kind_t == BFLOAT16 or kind_t == FLOAT32)
     while at < stop:
         index = at // features - first
         count = min(BLOCK, stop - at, features - at % features)
         to = filled if keeping else 0
         eb, et = into[0, to : to + count], into[1, to : to + count]
+        ahead, beyond = at + count, min(at + count + BLOCK, stop)
+        _fetch_ahead(reference, ahead * size_r, beyond * size_r)
+        _fetch_ahead(target, ahead * size_t, beyond * size_t)
+        _fetch_ahead(baseline, ahead * size_b, beyond * size_b)
+        if common:
+            words_r, halves_b = views_r[2][at : at + count], views_b[1][at : at + count]
+            if kind_t == BFLOAT16:
+                largest_b, largest_t = read_block(words_r, halves_b, views_t[1][at : at + count], eb, et, sums, index)
+            else:
+                largest_b, largest_t = read_block(words_r, halves_b, views_t[2][at : at + count], eb, et, sums, index)
+            if max(largest_b, largest_t) < INFINITY_BITS:
+                at += count
+                filled += count if keeping else 0
+                continue
         _widen(views_r, kind_r, table_r, at, count, r, low_r)
         _widen(views_t, kind_t, table_t, at, count, t, low_t)
         largest_b, largest_t = 0, _subtract(t, low_t, r, low_r, count, wide, et)
@@ -262,16 +277,12 @@ def read_rows(
             largest_b = _subtract(b, low_b, r, low_r, count, wide, eb)
         elif keeping:
             eb[:] = 0.0
-        ahead, beyond = at + count, min(at + count + BLOCK, stop)
-        _fetch_ahead(reference, ahead * size_r, beyond * size_r)
-        _fetch_ahead(target, ahead * size_t, beyond * size_t)
-        _fetch_ahead(baseline, ahead * size_b, beyond * size_b)
         if wide:
             for i in range(count):
                 r[i] += low_r[i]
                 t[i] += low_t[i]
         at += count
-        if max(largest_b, largest_t) >= _INFINITY_BITS:
+        if max(largest_b, largest_t) >= INFINITY_BITS:
             row = sums[index] if summing else uncounted[0]
             count = _drop_nonfinite(r, b, t, count, has_baseline, eb, et, row)
             largest_b, largest_t = _largest(eb, count), _largest(et, count)

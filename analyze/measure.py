@@ -2,7 +2,7 @@
 
 `measure` reads the tensors once for everything that sums can tell, and once more per level (prompt, all prompts)
 for exact quantiles when the errors are too many to be sorted. Besides the results it holds, per thread and side,
-64 Ki errors and 2^16 counts, and at most 3 Mi collected errors per side.
+64 Ki errors and 2^15 counts, and at most 3 Mi collected errors per side.
 """
 
 from __future__ import annotations
@@ -104,8 +104,9 @@ def measure(groups: Groups, *, quantiles: bool = True, threads: int | None = Non
             interval = interval_over_tokens(_token_errors(sums).sums())
             records[prompt] = _record(prompt, sums, interval, found)
             parts.append(sums)
-            for everything, side in zip(whole, sides, strict=True):
-                everything.absorb(side)
+            if len(groups) > 1:
+                for everything, side in zip(whole, sides, strict=True):
+                    everything.absorb(side)
         if len(parts) == 1:
             records[None] = replace(next(iter(records.values())), prompt=None, tokens=None)
             return records
@@ -144,7 +145,7 @@ def _first_pass(scanner: Scanner, triples: Iterable[Triple], binning: Binning | 
     sums = scanner.sums(triples, buffers)
     for buffer, part in zip(buffers, parts, strict=True):
         for side in (0, 1):
-            part[side].hold(buffer.errors[side, : buffer.filled].copy())
+            part[side].hold(buffer.errors[side, : buffer.filled])
             whole[side].absorb(part[side])
     return sums, whole
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -50,6 +51,20 @@ class Sums:
     has_baseline: bool
 
 
+class _Workshop:
+    """Threads and their working memory."""
+
+    def __init__(self, threads: int) -> None:
+        self.pool = ThreadPoolExecutor(threads - 1, "sleuth-scan") if threads > 1 else None  # the caller works too
+        self.errors = [np.empty((2, HELD)) for _ in range(threads)]
+
+
+#: Workshops that are not in use, by threads and room for errors. Starting threads and touching fresh memory costs as
+#: much as reading a million elements, so they are kept. List operations are atomic; a forked child has no threads.
+_idle: dict[tuple[int, int], list[_Workshop]] = {}
+os.register_at_fork(after_in_child=_idle.clear)
+
+
 class Scanner:
     """Reads triples with `threads` threads; large triples are split by rows. Use as a context manager."""
 
@@ -60,8 +75,11 @@ class Scanner:
             raise ValueError(f"threads must be at least 1, not {threads}")
         self.threads = threads
         self._read = kernels.read_rows
-        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
-        self._errors = [np.empty((2, HELD)) for _ in range(threads)]  # reused: fresh memory costs page faults
+        self._kind = threads, HELD
+        try:
+            self._workshop = _idle.setdefault(self._kind, []).pop()
+        except IndexError:
+            self._workshop = _Workshop(threads)
 
     def __enter__(self) -> Scanner:
         return self
@@ -69,14 +87,13 @@ class Scanner:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
+        _idle.setdefault(self._kind, []).append(self._workshop)
 
     def buffers(self, takes: Sequence[Take | None]) -> list[ErrorBuffer]:
         """One buffer per thread, of memory that the next call hands out again; None drops the errors."""
         return [
             ErrorBuffer(_NO_ERRORS if take is None else errors, take)
-            for errors, take in zip(self._errors, takes, strict=True)
+            for errors, take in zip(self._workshop.errors, takes, strict=True)
         ]
 
     def sums(self, triples: Iterable[Triple], buffers: list[ErrorBuffer]) -> Sums:
@@ -125,14 +142,19 @@ class Scanner:
         buffers: list[ErrorBuffer],
         work: Callable[[Operands, int, int, ErrorBuffer], list[FloatArray]],
     ) -> list[list[FloatArray]]:
-        if self._pool is None or view.rows < 2 or view.rows * view.features < _SPLIT:
+        pool = self._workshop.pool
+        if pool is None or view.rows < 2 or view.rows * view.features < _SPLIT:
             return [work(view, 0, view.rows, buffers[0])]
         bounds = [view.rows * part // self.threads for part in range(self.threads + 1)]
-        parts = [
-            self._pool.submit(work, view, first, last, buffer)
-            for first, last, buffer in zip(bounds, bounds[1:], buffers, strict=False)
+        others = [
+            pool.submit(work, view, first, last, buffer)
+            for first, last, buffer in zip(bounds[1:], bounds[2:], buffers[1:], strict=False)
         ]
-        return [part.result() for part in parts]
+        try:
+            own = work(view, bounds[0], bounds[1], buffers[0])
+        finally:
+            wait(others)
+        return [own, *(part.result() for part in others)]
 
     def _row_sums(self, view: Operands, first: int, last: int, buffer: ErrorBuffer) -> list[FloatArray]:
         slabs = []

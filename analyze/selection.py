@@ -1,6 +1,6 @@
 """Exact order statistics of streams that do not fit in memory.
 
-First pass: count every value into 2^16 ordered bins, prefixes of the float64 bit pattern. The bins that hold the
+First pass: count every value into 2^15 ordered bins, prefixes of the float64 bit pattern. The bins that hold the
 wanted ranks are then read again: their values are collected and sorted if they are few, otherwise the bins are
 subdivided and the loop goes on. Zero is a bin of its own, and a sub-bin whose values are all equal is settled
 without collecting, so masks, ReLU zeros and integer errors cost no memory. At most `COLLECT_LIMIT` values are
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .quantiles import interpolate, ranks_of
-from .triples import ByteArray, FloatArray, IntArray
+from .triples import FloatArray, IntArray
 
 HELD = 1 << 16
 """Values up to this number are simply sorted."""
@@ -24,7 +24,7 @@ COLLECT_LIMIT = 3 << 20
 """Values collected at a time and side (25 MB)."""
 
 _MANTISSA = 9  # bits kept below the exponent: 1 to 2 % of a bell-shaped sample falls into the bins to collect
-_OCTAVES = 64  # powers of two resolved, 48 below the first chunk's maximum; beyond, the outermost bins catch all
+_OCTAVES = 32  # powers of two resolved, 24 below the first chunk's maximum; beyond, the outermost bins catch all
 _SHIFT = 52 - _MANTISSA
 _BINS = 2 * _OCTAVES << _MANTISSA
 _PARTS = 2048
@@ -38,7 +38,8 @@ class InputChangedError(RuntimeError):
 class Binning:
     """Which magnitudes the bins resolve: fixed by the first chunk that is counted, then shared by all counts.
 
-    Bin `half` holds zero; `half + k` and `half - k` hold the magnitudes whose bits, shifted, are `base + k`.
+    Bin `half` holds zero; `half + k` and `half - k` hold the magnitudes whose bits, shifted, are `base + k`;
+    base is at least 0, so that shifted bits up to it, and zero, are known by a difference below 1.
     """
 
     def __init__(self) -> None:
@@ -50,7 +51,7 @@ class Binning:
             if self._base is None:
                 top = 0.0 if values is None or len(values) == 0 else float(np.abs(values).max())
                 octave = int(np.frexp(top)[1]) if 0.0 < top < np.inf else 0
-                self._base = max(octave - _OCTAVES * 3 // 4 + 1023, 0) * (1 << _MANTISSA) - 1
+                self._base = max((octave - _OCTAVES * 3 // 4 + 1023) * (1 << _MANTISSA) - 1, 0)
             return self._base
 
     def keys(self, bins: IntArray) -> tuple[IntArray, IntArray]:
@@ -75,7 +76,11 @@ class Tally:
     counts: IntArray | None = None
 
     def hold(self, values: FloatArray) -> None:
-        self.held.append(values)
+        """Take in some values; their array may change afterwards."""
+        if self.counts is not None:
+            self.count(values)
+            return
+        self.held.append(values.copy())
         self.n_held += len(values)
         if self.n_held > HELD:
             self._spill()
@@ -88,12 +93,14 @@ class Tally:
         count_bins(values, self.binning.base(values), _SHIFT, self.counts)
 
     def absorb(self, other: Tally) -> None:
-        for values in other.held:
-            self.hold(values)
+        """Take over all that another tally holds; the other must not be used any more."""
         if other.counts is not None:
             if self.counts is None:
-                self.counts = np.zeros(_BINS, np.int64)
-            self.counts += other.counts
+                self.counts = other.counts
+            else:
+                self.counts += other.counts
+        for values in other.held:
+            self.hold(values)
 
     def settle(self) -> FloatArray | None:
         """All values, sorted, if they were few; None if they were counted."""
@@ -117,7 +124,6 @@ class Selection:
     def __init__(self, tally: Tally) -> None:
         if tally.counts is None:
             raise ValueError("a selection starts from counts; small tallies are sorted")
-        self._base = tally.binning.base()
         self._low_rank, self._high_rank, self._weight = ranks_of(int(tally.counts.sum()))
         self._ranks = np.unique(np.concatenate([self._low_rank, self._high_rank]))
         ends = np.cumsum(tally.counts)
@@ -125,9 +131,7 @@ class Selection:
         self._lows, self._highs = tally.binning.keys(bins)
         self._sizes: IntArray = tally.counts[bins]
         self._before: IntArray = ends[bins] - self._sizes
-        self._wanted: ByteArray = np.zeros(_BINS, np.uint8)
-        self._wanted[bins] = 1
-        self._wanted[_BINS // 2] = 0
+        self._wanted: IntArray = _prefix_bits(self._lows, self._highs)
         self._refined = False
         self._mode = "done"
         self._parts: IntArray = np.zeros((0, _PARTS), np.int64)
@@ -147,13 +151,13 @@ class Selection:
         if self._mode == "collect":
             lows = self._lows[self._open] if self._refined else self._lows[:0]
             highs = self._highs[self._open]
-            kept = collect(values, self._base, _SHIFT, self._wanted, lows, highs)
+            kept = collect(values, _SHIFT, self._wanted, lows, highs)
             self._collected.append(values[:kept].copy())
         elif self._mode == "subdivide":
             lows, highs = self._lows[self._open], self._highs[self._open]
             with self._lock:
                 subdivide(
-                    values, self._base, _SHIFT, self._wanted, lows, highs, self._part_shifts,
+                    values, _SHIFT, self._wanted, lows, highs, self._part_shifts,
                     self._parts, self._smallest, self._largest,
                 )  # fmt: skip
 
@@ -220,6 +224,28 @@ class Selection:
         merged = merged[:, np.argsort(merged[3], kind="stable")]
         self._lows, self._highs, self._sizes, self._before = (np.ascontiguousarray(line) for line in merged)
         self._refined = True
+
+
+def _prefix_bits(lows: IntArray, highs: IntArray) -> IntArray:
+    """A bit per prefix, `int64[prefixes / 64]`: 1 where a value whose bits start so lies in an interval of keys.
+
+    Zero, an interval of its own, is left out.
+    """
+    negative = lows < 0
+    first = np.where(negative, 1 - highs, lows) >> _SHIFT
+    last = np.where(negative, -lows, highs - 1) >> _SHIFT
+    prefixes = first[highs != 1] + (negative[highs != 1].astype(np.int64) << (63 - _SHIFT))
+    more = (last - first)[highs != 1]
+    prefixes = np.repeat(prefixes, more + 1) + _ramps(more + 1)
+    bits = np.zeros(1 << (64 - _SHIFT - 6), np.int64)
+    np.bitwise_or.at(bits, prefixes >> 6, np.int64(1) << (prefixes & 63))
+    return bits
+
+
+def _ramps(lengths: IntArray) -> IntArray:
+    """`0 .. n - 1` for every length n, one after the other."""
+    ends = np.cumsum(lengths)
+    return np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(ends - lengths, lengths)
 
 
 def _decode(keys: IntArray) -> FloatArray:

@@ -8,32 +8,22 @@ from __future__ import annotations
 import numpy as np
 
 from .compiled import MAGNITUDE, as_bits, compiled
-from .triples import ByteArray, FloatArray, IntArray
-
-_BLOCK = 1024  # values binned at a time
-
-
-@compiled
-def _bins(values: FloatArray, start: int, stop: int, base: int, shift: int, half: int, out: IntArray) -> None:
-    """Bin of every value `start .. stop`; a loop of its own, since counting would keep it from vectorising."""
-    source = values[start:stop]
-    for i in range(stop - start):
-        bits = as_bits(source[i])
-        magnitude = bits & np.int64(MAGNITUDE)
-        step = min(max((magnitude >> shift) - base, 1), half - 1)
-        step = step if magnitude != 0 else 0
-        out[i] = half + step if bits >= 0 else half - step
+from .triples import FloatArray, IntArray
 
 
 @compiled
 def count_bins(values: FloatArray, base: int, shift: int, counts: IntArray) -> None:
     """Count values into ordered bins (see `selection.Binning`)."""
-    bins = np.empty(_BLOCK, np.int64)
-    for start in range(0, values.shape[0], _BLOCK):
-        stop = min(start + _BLOCK, values.shape[0])
-        _bins(values, start, stop, base, shift, counts.shape[0] // 2, bins)
-        for i in range(stop - start):
-            counts[bins[i]] += 1
+    half = counts.shape[0] // 2
+    inside = np.uint64(half - 2)
+    for i in range(values.shape[0]):
+        bits = as_bits(values[i])
+        magnitude = bits & np.int64(MAGNITUDE)
+        step = (magnitude >> shift) - base
+        if not np.uint64(step - 1) < inside:  # rare: zero, and magnitudes that the bins do not resolve
+            step = min(max(step, 1), half - 1) if magnitude != 0 else 0
+        sign = bits >> np.int64(63)  # 0 or -1
+        counts[np.uint64(half + ((step ^ sign) - sign))] += 1
 
 
 @compiled
@@ -50,32 +40,34 @@ def _slot(value: float, lows: IntArray, highs: IntArray) -> int:
 
 
 @compiled
-def collect(values: FloatArray, base: int, shift: int, wanted: ByteArray, lows: IntArray, highs: IntArray) -> int:
-    """Move the values that lie in wanted bins and, if `lows` is not empty, in an interval of keys, to the front."""
-    bins = np.empty(_BLOCK, np.int64)
+def _is_wanted(value: float, shift: int, wanted: IntArray) -> int:
+    """1 if the bit of the value's prefix is set."""
+    prefix = np.uint64(as_bits(value)) >> np.uint64(shift)
+    return (wanted[prefix >> np.uint64(6)] >> np.int64(prefix & np.uint64(63))) & np.int64(1)
+
+
+@compiled
+def collect(values: FloatArray, shift: int, wanted: IntArray, lows: IntArray, highs: IntArray) -> int:
+    """Move values with a wanted prefix that, if `lows` is not empty, lie in an interval of keys, to the front."""
+    found = 0
+    for i in range(values.shape[0]):  # every value is written: a branch that is rarely taken costs more
+        value = values[i]
+        values[found] = value
+        found += _is_wanted(value, shift, wanted)
     kept = 0
-    for start in range(0, values.shape[0], _BLOCK):
-        stop = min(start + _BLOCK, values.shape[0])
-        _bins(values, start, stop, base, shift, wanted.shape[0] // 2, bins)
-        if lows.shape[0] == 0:
-            for i in range(stop - start):
-                if wanted[bins[i]]:
-                    values[kept] = values[start + i]
-                    kept += 1
-        else:
-            for i in range(stop - start):
-                if wanted[bins[i]] and _slot(values[start + i], lows, highs) >= 0:
-                    values[kept] = values[start + i]
-                    kept += 1
+    for i in range(found):
+        value = values[i]
+        if value != 0.0 and (lows.shape[0] == 0 or _slot(value, lows, highs) >= 0):
+            values[kept] = value
+            kept += 1
     return kept
 
 
 @compiled
 def subdivide(
     values: FloatArray,
-    base: int,
     shift: int,
-    wanted: ByteArray,
+    wanted: IntArray,
     lows: IntArray,
     highs: IntArray,
     shifts: IntArray,
@@ -84,14 +76,12 @@ def subdivide(
     largest: IntArray,
 ) -> None:
     """Count values into the sub-bins of key intervals and track the extreme keys of every sub-bin."""
-    bins = np.empty(1, np.int64)
-    for i in range(values.shape[0]):
-        _bins(values, i, i + 1, base, shift, wanted.shape[0] // 2, bins)
-        if not wanted[bins[0]]:
+    for value in values:
+        if not _is_wanted(value, shift, wanted):
             continue
-        slot = _slot(values[i], lows, highs)
+        slot = _slot(value, lows, highs)
         if slot >= 0:
-            key = _key(as_bits(values[i]))
+            key = _key(as_bits(value))
             part = (key - lows[slot]) >> shifts[slot]
             counts[slot, part] += 1
             smallest[slot, part] = min(smallest[slot, part], key)
