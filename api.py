@@ -17,6 +17,7 @@ from .store import Trace as StoredTrace
 if TYPE_CHECKING:
     import torch
 
+    from .analyze.diagnosis import Finding
     from .capture.recorder import Recorder
     from .capture.selection import Selection
 
@@ -51,6 +52,12 @@ class Trace(StoredTrace):
         """Compare runs site by site; see `analyze.compare`."""
         request = ComparisonRequest(reference, target, baseline, name, thresholds or Thresholds(), mapping=mapping)
         return compare(self, request)
+
+    def diagnose(self, comparison: str) -> list[Finding]:
+        """Name the cause where error comes in, with evidence; see `analyze.diagnosis`."""
+        from .analyze.diagnosis import diagnose
+
+        return diagnose(self, comparison)
 
     def sql(self, statement: str) -> pa.Table:
         """Run one read-only SQL statement with the standard library; `.to_pandas()` works on the result."""

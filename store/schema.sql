@@ -87,9 +87,11 @@ CREATE TABLE change_points (
     comparison VARCHAR NOT NULL, site VARCHAR NOT NULL, kind VARCHAR NOT NULL, exec_order INTEGER NOT NULL,
     exec_low INTEGER NOT NULL, exec_high INTEGER NOT NULL, log_r_change DOUBLE NOT NULL);
 
+-- What diagnose found. cause: a named cause, unknown or inherited; entry: id in the knowledge base, or empty.
 CREATE TABLE findings (
-    comparison VARCHAR NOT NULL, rank INTEGER NOT NULL, site VARCHAR NOT NULL, cause VARCHAR NOT NULL,
-    evidence JSON NOT NULL, remedy VARCHAR NOT NULL);
+    comparison VARCHAR NOT NULL, rank INTEGER NOT NULL, site VARCHAR NOT NULL, target_site VARCHAR NOT NULL,
+    phase VARCHAR NOT NULL, cause VARCHAR NOT NULL, confidence DOUBLE NOT NULL, summary VARCHAR NOT NULL,
+    evidence JSON NOT NULL, remedy VARCHAR NOT NULL, entry VARCHAR NOT NULL, command VARCHAR NOT NULL);
 
 CREATE TABLE calibrations (
     calibration VARCHAR PRIMARY KEY, thresholds JSON NOT NULL, sources JSON NOT NULL, created_at TIMESTAMP NOT NULL);

@@ -112,6 +112,12 @@ def fill(connection: Any) -> None:
            position, 1.5 AS r_ratio, 0.99 AS cosine, unnest([0.5, 0.25, 0.125]) AS kl, unnest([true, false, true]) AS
            top1, 0.8 AS top5, 0.9 AS top10"""
     )
+    connection.execute(
+        """INSERT INTO findings BY NAME SELECT 'port-2' AS comparison, 1 AS rank, 'model.layers.1.self_attn' AS site,
+           site AS target_site, 'prefill' AS phase, 'attention_scale' AS cause, 0.99 AS confidence, 'twice' AS summary,
+           '{"explained": 0.999, "residual_ratio": 1.1, "runner_up": {"cause": "causal_mask", "explained": 0.1}}'
+           AS evidence, 'once' AS remedy, 'attention-scale' AS entry, '' AS command"""
+    )
     for seq, line in enumerate(RECORDED.strip().splitlines()):
         run, rank, prompt, phase, step, order, module, dims, checksum, mean, std, n_nan = line.split()
         connection.execute(

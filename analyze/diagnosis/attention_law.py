@@ -1,0 +1,160 @@
+"""Scaled dot-product attention over recorded queries, keys and values, with everything that can go wrong as a setting.
+
+Vaswani et al. 2017, arXiv:1706.03762; grouped queries: Ainslie et al. 2023, arXiv:2305.13245; softcap: Gemma 2,
+arXiv:2408.00118; sinks: Xiao et al. 2023, arXiv:2309.17453 (a learned logit per head, as in GPT-OSS).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from .runs import FloatArray, IntArray
+
+HALF, PAIRS, BACKWARDS, UNROTATED = "half", "pairs", "backwards", "none"
+NEIGHBOURS, ROUNDS = "neighbours", "rounds"
+_HIDDEN = -np.inf
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Numbers of heads, and the size of one."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How attention is computed.
+
+    Attributes:
+        shape: of the heads.
+        scale: factor on the scores.
+        softcap: c tanh(scores / c), or None.
+        sinks: a logit per head that takes part in the softmax, or None.
+        ahead: the last key that a query sees, relative to its position; None: it sees all keys.
+        window: number of keys that it sees at most, counted from its own; None: no limit.
+        rotation: how queries and keys are rotated.
+        query_shift, key_shift: positions by which their rotations are off.
+        repeat: how query heads share KV heads.
+        forget: keys from the first on that nobody sees.
+        decoded: what became of the keys and values that decode steps write: `kept`, `zero_keys`, `zero_values`, `zero`,
+            `unseen` (nobody but their own token sees them) or `own_unseen` (their own token does not see them).
+        low: a dtype to which scores and weights are rounded, or None.
+    """
+
+    shape: Shape
+    scale: float
+    softcap: float | None = None
+    sinks: FloatArray | None = None
+    ahead: int | None = 0
+    window: int | None = None
+    rotation: str = HALF
+    query_shift: int = 0
+    key_shift: int = 0
+    repeat: str = NEIGHBOURS
+    forget: int = 0
+    decoded: str = "kept"
+    low: object = None
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """What attention needs of one prompt.
+
+    Attributes:
+        query: `[rows, heads head_dim]`, of the tokens whose output is wanted.
+        positions: of these rows.
+        key, value: `[positions, kv_heads head_dim]`, from position 0 on.
+        cos, sin: `[positions, rotated]`, None without rotary embedding.
+        prompt_length: tokens before the first decode step.
+    """
+
+    query: FloatArray
+    positions: IntArray
+    key: FloatArray
+    value: FloatArray
+    cos: FloatArray | None
+    sin: FloatArray | None
+    prompt_length: int
+
+
+def attend(law: Attention, sequence: Sequence) -> FloatArray:
+    """Outputs of all heads side by side, before the output projection: `[rows, heads head_dim]`."""
+    shape, n = law.shape, len(sequence.query)
+    query = sequence.query.reshape(n, shape.heads, shape.head_dim)
+    key = sequence.key.reshape(len(sequence.key), shape.kv_heads, shape.head_dim)
+    value = sequence.value.reshape(key.shape)
+    if sequence.cos is not None and sequence.sin is not None and law.rotation != UNROTATED:
+        query = _rotate(query, sequence, sequence.positions + law.query_shift, law.rotation)
+        key = _rotate(key, sequence, np.arange(len(key)) + law.key_shift, law.rotation)
+    decoded = np.arange(len(key)) >= sequence.prompt_length
+    if law.decoded in ("zero_keys", "zero"):
+        key = np.where(decoded[:, None, None], 0.0, key)
+    if law.decoded in ("zero_values", "zero"):
+        value = np.where(decoded[:, None, None], 0.0, value)
+    hidden = ~_visible(law, sequence.positions, len(key), decoded)
+    mixed = np.empty((n, shape.heads, shape.head_dim))
+    for head in range(shape.heads):
+        shared = head % shape.kv_heads if law.repeat == ROUNDS else head * shape.kv_heads // shape.heads
+        scores = query[:, head] @ key[:, shared].T * law.scale
+        mixed[:, head] = _softmax(law, head, _rounded(scores, law), hidden) @ value[:, shared]
+    return mixed.reshape(n, -1)
+
+
+def _visible(law: Attention, positions: IntArray, n_keys: int, decoded: np.ndarray) -> np.ndarray:
+    keys = np.arange(n_keys)
+    distance = positions[:, None] - keys
+    seen = np.ones(distance.shape, bool) if law.ahead is None else distance >= -law.ahead
+    if law.window is not None:
+        seen &= distance < law.window
+    seen &= keys >= law.forget
+    if law.decoded == "unseen":
+        seen &= ~decoded | (distance == 0)
+    if law.decoded == "own_unseen":
+        seen &= ~(decoded & (distance == 0))
+    nothing = ~seen.any(axis=1)
+    seen[nothing] = True  # a row of equal scores, as a finite minimum gives
+    return np.asarray(seen)
+
+
+def _softmax(law: Attention, head: int, scores: FloatArray, hidden: np.ndarray) -> FloatArray:
+    if law.softcap is not None:
+        scores = law.softcap * np.tanh(scores / law.softcap)
+    scores = np.where(hidden, _HIDDEN, scores)
+    peak = scores.max(axis=1, keepdims=True)
+    sink = None if law.sinks is None else law.sinks[head]
+    if sink is not None:
+        peak = np.maximum(peak, sink)
+    weights = _rounded(np.exp(scores - peak), law)
+    total = weights.sum(axis=1, keepdims=True)
+    if sink is not None:
+        total = total + np.exp(sink - peak)
+    return _rounded(weights / total, law)
+
+
+def _rounded(values: FloatArray, law: Attention) -> FloatArray:
+    if law.low is None:
+        return values
+    return np.asarray(values.astype(ml_dtypes.bfloat16 if law.low == "bfloat16" else np.float16).astype(np.float64))
+
+
+def _rotate(heads: FloatArray, sequence: Sequence, at: IntArray, rotation: str) -> FloatArray:
+    """Turn `[tokens, n, head_dim]` by the angles of positions; what lies outside is clipped to the ends."""
+    if sequence.cos is None or sequence.sin is None:
+        return heads
+    rows = np.clip(at, 0, len(sequence.cos) - 1)
+    cos, sin = sequence.cos[rows][:, None], sequence.sin[rows][:, None]
+    width = min(cos.shape[-1], heads.shape[-1])
+    turned, rest = heads[..., :width], heads[..., width:]
+    if rotation == PAIRS:
+        other = np.stack([-turned[..., 1::2], turned[..., ::2]], axis=-1).reshape(turned.shape)
+    else:
+        left, right = np.split(turned, 2, axis=-1)
+        other = np.concatenate([-right, left], axis=-1)
+    sign = -1.0 if rotation == BACKWARDS else 1.0
+    return np.concatenate([turned * cos + sign * other * sin, rest], axis=-1)

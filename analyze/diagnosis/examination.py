@@ -1,0 +1,134 @@
+"""Testing suspects against named hypotheses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ...store.progress import Progress, no_progress
+from ...store.trace import Trace
+from . import activations, factors, linear, norms, places, residual, rotary, whole
+from .finding import Finding, keep
+from .hypothesis import INHERITED, Family, Prediction, Scored, score
+from .origins import Origin, origins
+from .ranking import UNKNOWN, Decision, decide
+from .runs import ComparedRuns, Counterpart
+from .scene import Scene
+from .signatures import weights, where
+
+FAMILIES: tuple[Family, ...] = (
+    *norms.FAMILIES,
+    *rotary.FAMILIES,
+    *activations.FAMILIES,
+    *linear.FAMILIES,
+    *residual.FAMILIES,
+    *places.FAMILIES,
+    *factors.FAMILIES,
+)
+
+
+def diagnose(trace: Trace, comparison: str, *, progress: Progress = no_progress) -> list[Finding]:
+    """Name the cause at every site where error is injected, from the trace alone; the findings are kept in the catalog.
+
+    Raises:
+        TraceNotFoundError: there is no such comparison.
+        IntegrityError: a shard is damaged.
+    """
+    runs = ComparedRuns(trace, comparison)
+    suspects = origins(trace, comparison)
+    findings: list[Finding] = []
+    for number, origin in enumerate(suspects):
+        progress(origin.site, number, len(suspects))
+        finding = _examine(runs, origin, len(findings) + 1)
+        if finding is not None:
+            findings.append(finding)
+        trace.release_pages()
+    keep(trace, comparison, findings)
+    return findings
+
+
+def _examine(runs: ComparedRuns, origin: Origin, rank: int) -> Finding | None:
+    """The finding for one suspect."""
+    try:
+        scene = open_scene(runs, origin)
+    except LookupError:
+        return _finding(runs, origin, rank, whole.unreadable(runs, origin), {})
+    broken = whole.broken(scene)
+    if broken is not None:
+        return _finding(runs, origin, rank, broken, {"where": where(scene)})
+    decision = decide(scene.error, scores(scene))
+    evidence = {"where": where(scene), "weights": weights(scene), **_evidence(decision)}
+    return _finding(runs, origin, rank, decision, evidence)
+
+
+def open_scene(runs: ComparedRuns, origin: Origin) -> Scene:
+    """The suspect's values and surroundings.
+
+    Raises:
+        LookupError: nothing of it can be compared.
+    """
+    info = runs.sites[origin.site]
+    counterparts: Sequence[Counterpart] = runs.counterparts.get(origin.site, ())
+    counterpart = next((item for item in counterparts if item.site.name == origin.target_site), None)
+    if counterpart is None:
+        raise LookupError(origin.site)
+    return Scene(runs, info, counterpart, origin.phase)
+
+
+def predictions(scene: Scene) -> Iterator[Prediction]:
+    """What every hypothesis that applies predicts."""
+    for family in FAMILIES:
+        yield from family(scene)
+
+
+def scores(scene: Scene) -> list[Scored]:
+    """All predictions held against the target; of each cause the best, so that memory stays bounded."""
+    best: dict[str, Scored] = {}
+    for prediction in predictions(scene):
+        scored = score(scene, prediction)
+        known = best.get(prediction.cause)
+        if scored is not None and (known is None or scored.residual < known.residual):
+            best[prediction.cause] = scored
+    return list(best.values())
+
+
+def _evidence(decision: Decision) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    if decision.best is not None:
+        best = decision.best
+        facts |= {
+            "explained": best.explained,
+            "share": best.share,
+            "residual_ratio": best.residual_ratio,
+            "parameters": best.prediction.parameters,
+        }
+        if decision.cause == UNKNOWN:
+            facts["best_guess"] = best.prediction.cause
+    if decision.runner_up is not None:
+        facts["runner_up"] = {
+            "cause": decision.runner_up.prediction.cause,
+            "explained": decision.runner_up.explained,
+            "residual_ratio": decision.runner_up.residual_ratio,
+        }
+    if decision.reason:
+        facts["reason"] = decision.reason
+    return facts
+
+
+def _finding(runs: ComparedRuns, origin: Origin, rank: int, decision: Decision, evidence: dict[str, Any]) -> Finding:
+    evidence = {"r_ratio": origin.r_ratio, **evidence}
+    command = f"sleuth plot qq {runs.trace.path} {runs.comparison} --phase {origin.phase} --site '{origin.site}'"
+    if decision.cause == UNKNOWN or decision.best is None:
+        summary = f"no known cause explains the error of {origin.site}: {decision.reason}"
+        remedy = "compare the code of both models at this site; record its inputs (--io both) to test more causes"
+        return Finding(
+            rank, origin.site, origin.target_site, origin.phase, UNKNOWN, 0.0, summary, remedy, "", evidence, command
+        )
+    prediction = decision.best.prediction
+    summary, remedy = prediction.summary, prediction.remedy
+    if decision.cause == INHERITED:
+        remedy = "look at what this site is computed from: the error came in with it"
+    return Finding(
+        rank, origin.site, origin.target_site, origin.phase, decision.cause, decision.confidence, summary, remedy,
+        prediction.cause.replace("_", "-"), evidence, command,
+    )  # fmt: skip

@@ -1,0 +1,86 @@
+"""From scored predictions to one cause, or none: the likeliest must explain the error and beat its rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .hypothesis import INHERITED, Scored
+
+#: Share of the error beyond the noise that a cause must explain.
+ENOUGH = 0.9
+#: What may remain, in units of the noise to expect.
+_LARGEST_RESIDUAL = 2.0
+#: Residuals (squared) closer than this are equally good.
+_AS_GOOD = 2.25
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is believed about a suspect.
+
+    Attributes:
+        cause: name of a hypothesis, `inherited` or `unknown`.
+        best: the best prediction, None when there was none.
+        runner_up: the best one with another cause.
+        confidence: from 0 to 1: the share explained, times how far the runner-up is behind.
+        reason: why nothing is named, or empty.
+    """
+
+    cause: str
+    best: Scored | None
+    runner_up: Scored | None
+    confidence: float
+    reason: str
+
+
+def decide(error: float, scored: Sequence[Scored]) -> Decision:
+    """Choose among predictions.
+
+    Args:
+        error: ||t - r||.
+        scored: all predictions that could be held against the target.
+    """
+    ordered = sorted(scored, key=lambda item: item.residual)
+    if not ordered:
+        return Decision(UNKNOWN, None, None, 0.0, "no hypothesis applies to this site with what was recorded")
+    enough = [item for item in ordered if _suffices(item)]
+    if not enough:
+        best = ordered[0]
+        reason = (
+            f"the best guess, {best.prediction.cause}, explains {max(best.share, 0.0):.0%} of the error"
+            f" and leaves {best.residual_ratio:.3g} times the noise"
+        )
+        return Decision(UNKNOWN, best, _rival(best, ordered), 0.0, reason)
+    floor = max(enough[0].residual, 1e-300)
+    close = [item for item in enough if item.residual <= _AS_GOOD * floor or item.residual_ratio <= 1.0]
+    level = min(item.prediction.level for item in close)
+    best = next(item for item in close if item.prediction.level == level)
+    inherited = next((item for item in close if item.prediction.cause == INHERITED), None)
+    if inherited is not None:
+        best = inherited
+    tied = [item for item in close if _differs(item, best) and item.prediction.level == level]
+    if tied and inherited is None and tied[0].residual <= _AS_GOOD * best.residual:
+        reason = f"{best.prediction.cause} and {tied[0].prediction.cause} explain it equally well"
+        return Decision(UNKNOWN, best, tied[0], 0.0, reason)
+    rivals = [item for item in ordered if _differs(item, best) and item.prediction.level <= best.prediction.level]
+    rival = rivals[0] if rivals else None
+    behind = (
+        (best.residual / min(rival.residual, error**2)) ** 0.5
+        if rival and rival.residual > 0
+        else (best.residual**0.5 / error)
+    )
+    return Decision(best.prediction.cause, best, rival, max(0.0, min(1.0, best.share) * (1.0 - behind)), "")
+
+
+def _suffices(item: Scored) -> bool:
+    return item.share >= ENOUGH and item.residual_ratio <= _LARGEST_RESIDUAL
+
+
+def _differs(item: Scored, best: Scored) -> bool:
+    return item.prediction.cause != best.prediction.cause
+
+
+def _rival(best: Scored, ordered: Sequence[Scored]) -> Scored | None:
+    return next((item for item in ordered if _differs(item, best)), None)
