@@ -5,6 +5,6 @@ precision and once in the baseline's; both are runs of their own, and comparing 
 modules add error of their own. `component_test` does the same with random inputs.
 """
 
-from .run import ReplayRequest, ReplaySummary, replay
+from .run import ReplayRequest, ReplaySummary, replay, replayed_sites
 
-__all__ = ["ReplayRequest", "ReplaySummary", "replay"]
+__all__ = ["ReplayRequest", "ReplaySummary", "replay", "replayed_sites"]

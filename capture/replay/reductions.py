@@ -1,8 +1,8 @@
 """Rounding sums over ranks as a tensor-parallel target does.
 
 A row-parallel projection is split along its input: every rank rounds its partial sum to the target's dtype before the
-all-reduce adds them. On one rank there is one rounding, on several there are two, and R would be about sqrt(2) in a port without
-a fault. So the baseline's projections that are row-parallel in the target are computed in as many parts.
+all-reduce adds them. On one rank there is one rounding, on several there are two, and R would be about sqrt(2) in a
+port without a fault. So the baseline's projections that are row-parallel in the target are computed in as many parts.
 """
 
 from __future__ import annotations

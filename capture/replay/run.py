@@ -11,16 +11,18 @@ from typing import Any
 
 from ...analyze.compare import ComparisonRequest, compare
 from ...analyze.sites import Site
+from ...analyze.sql_library import run_sql
 from ...store.errors import InputError
 from ...store.manifest import RunManifest
 from ...store.progress import Progress, no_progress
 from ...store.trace import Trace
 from ..hf import ModelSource, load_model, parse_dtype, quiet_transformers
 from .compared import Compared, read_comparison
+from .injecting import Injecting, injecting_modules
 from .ledger import LeftOut, enter_ledger, left_out
 from .passes import prompts_of, replay_run
-from .reductions import rounded_like, row_parallel
 from .recorder import Inputs, Replaying
+from .reductions import rounded_like, row_parallel
 from .self_check import check_reference, find_model
 from .values import MappedValues
 
@@ -57,6 +59,7 @@ class ReplaySummary:
         reference, baseline, target: the runs that it compared; the first two are the replays.
         verdict: `fail` if a module adds error of its own.
         reasons: why it is not `pass`.
+        injecting: modules that add error of their own, the innermost failing ones, in dataflow order.
         n_replayed: modules replayed.
         left_out: modules that were not, with the reason.
         inputs: what each replayed module ran on, by path.
@@ -70,6 +73,7 @@ class ReplaySummary:
     target: str
     verdict: str
     reasons: tuple[str, ...]
+    injecting: tuple[Injecting, ...]
     n_replayed: int
     left_out: tuple[LeftOut, ...]
     inputs: Mapping[str, Inputs]
@@ -136,11 +140,29 @@ def replay(trace: Trace, request: ReplayRequest, *, progress: Progress = no_prog
         compared.target,
         verdict,
         reasons,
+        injecting_modules(trace, summary.comparison, inputs),
         len(replayed),
         tuple(missing),
         replayed,
         self_check,
     )
+
+
+_SITES = """
+SELECT here.module, here.site, here.target_site, here.phase, here.exec_order, here.r_ratio AS r_local, here.r_low,
+       here.r_high, place.r_ratio AS r_in_place, here.state, here.verdict
+FROM measurements AS here LEFT JOIN measurements AS place
+    ON place.comparison = ? AND place.site = here.site AND place.target_site = here.target_site
+    AND place.phase = here.phase AND place.prompt IS NULL
+WHERE here.comparison = ? AND here.prompt IS NULL
+ORDER BY phase_order(here.phase), here.exec_order, here.measurement
+"""
+
+
+def replayed_sites(trace: Trace, summary: ReplaySummary) -> list[dict[str, Any]]:
+    """Every replayed site in dataflow order, with its R_local, its R in place, and what its module was replayed on."""
+    rows = run_sql(trace, _SITES, [summary.replay_of, summary.comparison]).to_pylist()
+    return [{**row, "inputs": summary.inputs[row["module"]].text} for row in rows]
 
 
 def _wanted(compared: Compared, modules: Sequence[str]) -> frozenset[Site]:

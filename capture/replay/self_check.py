@@ -20,7 +20,7 @@ from ...store.trace import Trace, site_name
 from ..generate import Generation, padded
 from ..hf import HuggingFaceCausalModel, ModelSource, checkpoint_fingerprint, load_model, parse_dtype
 from ..layout import layout_from_mask
-from ..pending import PendingTensor, WriteGuard
+from ..pending import PendingTensor
 from ..prompts import teacher_prompts
 from ..provenance import weights_fingerprint
 from ..selection import Selection
@@ -44,8 +44,8 @@ def find_model(reference: RunManifest, path: Path | None) -> ModelSource:
     """
     if reference.stack != "hf":
         raise InputError(
-            f"run {reference.run!r} was not made by Hugging Face code (stack {reference.stack}); replay runs the modules "
-            "of a reference that 'sleuth capture hf' recorded"
+            f"run {reference.run!r} was not made by Hugging Face code (stack {reference.stack}); replay runs the "
+            "modules of a reference that 'sleuth capture hf' recorded"
         )
     source = ModelSource(path or Path(reference.model), seed=reference.provenance.get("seed"))
     if not source.path.exists():
@@ -139,9 +139,10 @@ class _Checker:
         """What was found; see `check_reference`."""
         distance, site = self._worst
         if distance > TOLERANCE * _UNIT[reference.dtype]:
+            why = _why(reference, fingerprint)
             raise InputError(
-                f"the model does not reproduce run {reference.run!r}: {site} is {distance:.2g} away (relative L2) on the "
-                f"same input{_why(reference, fingerprint)}; use the weights and the transformers version of that run"
+                f"the model does not reproduce run {reference.run!r}: {site} is {distance:.2g} away (relative L2) on "
+                f"the same input{why}; use the weights and the transformers version of that run"
             )
         return {
             "n_sites": len(self._sites),
