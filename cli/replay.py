@@ -36,9 +36,8 @@ def replay(
     json: Json = False,
 ) -> None:
     """Run the reference's modules on the target's own inputs: which modules add error of their own?"""
-    from ..capture.replay import ReplayRequest
+    from ..capture.replay import ReplayRequest, replayed_sites
     from ..capture.replay import replay as replay_comparison
-    from ..capture.replay import replayed_sites
 
     opened = Trace.open(trace)
     request = ReplayRequest(comparison, model, tuple(modules or ()), tp, mapping)
