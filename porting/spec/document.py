@@ -105,3 +105,19 @@ def numbers_in(value: Any) -> Iterator[str]:
     elif isinstance(value, tuple):
         for item in value:
             yield from numbers_in(item)
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, object]]:
+    """Every field of a spec by its dotted path; sources and the version are left out, None is no value."""
+    if isinstance(value, Number):
+        yield path, value.expression if "config" not in value.expression else f"{value.expression} = {value.value:g}"
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            if path or field.name not in ("sources", "version", "ignored"):
+                yield from leaves(getattr(value, field.name), f"{path}.{field.name}".lstrip("."))
+    elif isinstance(value, tuple) and any(dataclasses.is_dataclass(item) for item in value):
+        for index, item in enumerate(value):
+            name = getattr(item, "name", "") or str(index)
+            yield from leaves(item, f"{path}.{name}")
+    elif value is not None and value != ():
+        yield path, value

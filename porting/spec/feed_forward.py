@@ -53,11 +53,14 @@ def analyse_feed_forward(
         raise InputError(f"unsupported: {len(linears)} projections in {where}")
     *ups, down = linears
     key, name = _activation(numbers, where)
-    for gate, up, layout, hidden in _candidates(ups, ACT2FN[name]):
-        if hidden.shape[-1] == down.input.shape[-1] and same(hidden.reshape(down.input.shape), down.input):
-            break
-    else:
+    fitting = [
+        (gate, up, layout)
+        for gate, up, layout, hidden in _candidates(ups, ACT2FN[name])
+        if hidden.shape[-1] == down.input.shape[-1] and same(hidden.reshape(down.input.shape), down.input)
+    ]
+    if len(fitting) != 1:
         raise InputError(f"unsupported: {where} is no gated and no plain block with activation {name}")
+    ((gate, up, layout),) = fitting
     width = numbers.find(down.input.shape[-1], _WIDTHS)
     if width is None:
         raise InputError(f"unsupported: width {down.input.shape[-1]} of {where}, which no configuration key gives")

@@ -1,0 +1,87 @@
+"""The shortest parity check: one process, one rank, FP32, logits of prefill and decode; nothing is recorded.
+
+The gate says where a port diverges; this says in a second or two whether it does.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...capture.hf import HuggingFaceCausalModel
+from ...capture.nxdi.adapter import NxdiCausalModel
+from ...capture.nxdi.application import CpuSettings, build_application, build_config
+from ...capture.nxdi.port import activate, load_class, parse_class
+from ..spec.hostile import tokens_for
+
+_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class LogitErrors:
+    """Relative L2 distance of the logits from the reference's."""
+
+    prefill: float
+    decode: float
+
+    @property
+    def worst(self) -> float:
+        """The larger one."""
+        return max(self.prefill, self.decode)
+
+
+@torch.no_grad()
+def logit_errors(model: torch.nn.Module, port: str, *, prompt: int = 11, decoded: int = 8) -> LogitErrors:
+    """Run a port beside its model.
+
+    Args:
+        model: a small model of transformers in FP32.
+        port: the port's class as FILE:CLASS.
+        prompt: tokens that are prefilled.
+        decoded: tokens that are fed one by one afterwards.
+
+    Raises:
+        InputError: the port cannot be built.
+    """
+    activate()
+    _join()
+    port_class = load_class(parse_class(port))
+    tokens = tokens_for(model.config, 2, prompt + decoded)
+    with tempfile.TemporaryDirectory(prefix="sleuth-parity-") as scratch:
+        folder = Path(scratch)
+        model.save_pretrained(folder)
+        settings = CpuSettings(torch.float32, 1, tokens.shape[0], _LENGTH)
+        config = build_config(port_class, port_class.get_config_cls(), folder, settings)
+        application = build_application(port_class, config, folder, 0, 1)
+    drive = NxdiCausalModel(application, batch=tokens.shape[0], length=_LENGTH, pad_token=0, one_by_one=False)
+    found, expected = (_logits(m, tokens, prompt) for m in (drive, HuggingFaceCausalModel(model)))
+    return LogitErrors(_distance(found[:1], expected[:1]), _distance(found[1:], expected[1:]))
+
+
+def _join() -> None:
+    if not torch.distributed.is_initialized():
+        with tempfile.NamedTemporaryFile(prefix="sleuth-rendezvous-", delete=False) as file:
+            os.unlink(file.name)
+        torch.distributed.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
+
+
+def _logits(model: Any, tokens: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Logits of the last position of every pass, (passes, batch, vocabulary)."""
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    logits, cache = model(tokens[:, :prompt], torch.ones_like(tokens[:, :prompt]), positions[:, :prompt], None)
+    collected = [logits[:, -1]]
+    for position in range(prompt, tokens.shape[1]):
+        mask = torch.ones_like(tokens[:, : position + 1])
+        here = slice(position, position + 1)
+        logits, cache = model(tokens[:, here], mask, positions[:, here], cache)
+        collected.append(logits[:, -1])
+    return torch.stack(collected)
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
