@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
     from .analyze.diagnosis import Finding
+    from .analyze.localization.localize import Localization
+    from .analyze.logits import LogitReport
     from .capture.recorder import Recorder
     from .capture.selection import Selection
 
@@ -52,6 +54,18 @@ class Trace(StoredTrace):
         """Compare runs site by site; see `analyze.compare`."""
         request = ComparisonRequest(reference, target, baseline, name, thresholds or Thresholds(), mapping=mapping)
         return compare(self, request)
+
+    def logits(self, comparison: str, *, site: str | None = None, greedy: str | None = None) -> LogitReport:
+        """Judge the next-token distributions of a comparison; see `analyze.logits.judge_logits`."""
+        from .analyze.logits import judge_logits
+
+        return judge_logits(self, comparison, site=site, greedy=greedy)
+
+    def localize(self, comparison: str) -> Localization:
+        """Say where the error of a comparison comes from, and keep it; see `analyze.localization`."""
+        from .analyze.localization.localize import localize
+
+        return localize(self, comparison)
 
     def diagnose(self, comparison: str) -> list[Finding]:
         """Name the cause where error comes in, with evidence; see `analyze.diagnosis`."""

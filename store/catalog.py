@@ -41,7 +41,9 @@ COMPARISON_TABLES = (
     "error_quantiles",
     "token_errors",
     "logits",
+    "logit_criteria",
     "change_points",
+    "suspects",
     "findings",
     "calibrations",
 )

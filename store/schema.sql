@@ -47,6 +47,7 @@ CREATE TABLE mapping_entries (
     target_sites VARCHAR[] NOT NULL, transform VARCHAR NOT NULL, transform_spec JSON, score DOUBLE NOT NULL,
     reason VARCHAR NOT NULL);
 
+-- thresholds: the limits, the calibration they come from, the replicates, and the null behind the p-values.
 CREATE TABLE comparisons (
     comparison VARCHAR PRIMARY KEY, reference VARCHAR NOT NULL, baseline VARCHAR, target VARCHAR NOT NULL,
     mapping VARCHAR NOT NULL, thresholds JSON NOT NULL, created_at TIMESTAMP NOT NULL, verdict VARCHAR NOT NULL,
@@ -67,8 +68,8 @@ CREATE TABLE measurements (
     reference_norm DOUBLE, baseline_error DOUBLE, target_error DOUBLE, r_ratio DOUBLE, r_low DOUBLE, r_high DOUBLE,
     relative_l2 DOUBLE, relative_l2_baseline DOUBLE, cosine DOUBLE, max_abs_error DOUBLE, linf_ratio DOUBLE,
     sigma_ratio DOUBLE, mean_error DOUBLE, qq_slope DOUBLE, qq_intercept DOUBLE, qq_w1 DOUBLE, ks DOUBLE,
-    fit_scale DOUBLE, fit_offset DOUBLE, fit_residual DOUBLE, q_value DOUBLE, state VARCHAR NOT NULL,
-    verdict VARCHAR NOT NULL);
+    fit_scale DOUBLE, fit_offset DOUBLE, fit_residual DOUBLE, r_judged DOUBLE, n_rerouted INTEGER, r_limit DOUBLE,
+    p_value DOUBLE, q_value DOUBLE, state VARCHAR NOT NULL, verdict VARCHAR NOT NULL);
 
 CREATE TABLE error_quantiles (
     comparison VARCHAR NOT NULL, measurement INTEGER NOT NULL, probability DOUBLE NOT NULL, baseline DOUBLE,
@@ -78,16 +79,39 @@ CREATE TABLE token_errors (
     comparison VARCHAR NOT NULL, measurement INTEGER NOT NULL, position INTEGER NOT NULL, baseline_sq DOUBLE,
     target_sq DOUBLE, reference_sq DOUBLE);
 
+-- One row per prompt and position whose logits the runs share; b and t as in measurements, see docs/sql.md.
 CREATE TABLE logits (
-    comparison VARCHAR NOT NULL, prompt INTEGER NOT NULL, position INTEGER NOT NULL, r_ratio DOUBLE, cosine DOUBLE,
-    kl DOUBLE, js DOUBLE, top1 BOOLEAN, top5 DOUBLE, top10 DOUBLE, margin_ulp DOUBLE, flip_expected DOUBLE,
-    p_reference_token DOUBLE, reference_token INTEGER, target_token INTEGER);
+    comparison VARCHAR NOT NULL, prompt INTEGER NOT NULL, position INTEGER NOT NULL, phase VARCHAR NOT NULL,
+    state VARCHAR NOT NULL, verdict VARCHAR NOT NULL, r_ratio DOUBLE, r_raw DOUBLE, cosine DOUBLE, cosine_raw DOUBLE,
+    cosine_baseline DOUBLE, kl DOUBLE, kl_baseline DOUBLE, js DOUBLE, js_baseline DOUBLE, top1 BOOLEAN,
+    top1_baseline BOOLEAN, top5 DOUBLE, top5_baseline DOUBLE, top10 DOUBLE, top10_baseline DOUBLE, error_top5 DOUBLE,
+    error_top5_baseline DOUBLE, error_top50 DOUBLE, error_top50_baseline DOUBLE, error_top1000 DOUBLE,
+    error_top1000_baseline DOUBLE, error_all DOUBLE, error_all_baseline DOUBLE, reference_norm DOUBLE,
+    baseline_error DOUBLE, target_error DOUBLE, margin_ulp DOUBLE, flip_expected DOUBLE, flip_sigma DOUBLE,
+    p_reference DOUBLE, p_reference_token DOUBLE, rank_reference_token INTEGER, n_tied INTEGER,
+    reference_token INTEGER, baseline_token INTEGER, target_token INTEGER, padding_wins BOOLEAN,
+    n_nonfinite_reference INTEGER NOT NULL, n_nonfinite_baseline INTEGER NOT NULL,
+    n_nonfinite_target INTEGER NOT NULL);
 
+-- One row per criterion and scope (all positions, or one phase); published: one of the Equivalence skill's.
+CREATE TABLE logit_criteria (
+    comparison VARCHAR NOT NULL, scope VARCHAR NOT NULL, criterion VARCHAR NOT NULL, meaning VARCHAR NOT NULL,
+    published BOOLEAN NOT NULL, value DOUBLE, sense VARCHAR NOT NULL, threshold DOUBLE, baseline DOUBLE,
+    holds BOOLEAN, verdict VARCHAR NOT NULL, note VARCHAR NOT NULL);
+
+-- Where log R changes along the dataflow; exec_low to exec_high holds the place with 95 % probability, or the drift.
 CREATE TABLE change_points (
-    comparison VARCHAR NOT NULL, site VARCHAR NOT NULL, kind VARCHAR NOT NULL, exec_order INTEGER NOT NULL,
-    exec_low INTEGER NOT NULL, exec_high INTEGER NOT NULL, log_r_change DOUBLE NOT NULL);
+    comparison VARCHAR NOT NULL, phase VARCHAR NOT NULL, kind VARCHAR NOT NULL, site VARCHAR NOT NULL,
+    exec_order INTEGER NOT NULL, site_low VARCHAR NOT NULL, exec_low INTEGER NOT NULL, site_high VARCHAR NOT NULL,
+    exec_high INTEGER NOT NULL, log_r_before DOUBLE NOT NULL, log_r_change DOUBLE NOT NULL);
 
--- What diagnose found. cause: a named cause, unknown or inherited; entry: id in the knowledge base, or empty.
+-- Sites that may inject error, by rank; kind: origin, spike, drift or inherited. See docs/localization.md.
+CREATE TABLE suspects (
+    comparison VARCHAR NOT NULL, rank INTEGER NOT NULL, site VARCHAR NOT NULL, target_site VARCHAR NOT NULL,
+    module VARCHAR NOT NULL, phase VARCHAR NOT NULL, exec_order INTEGER NOT NULL, measurement INTEGER NOT NULL,
+    r_ratio DOUBLE, r_low DOUBLE, r_high DOUBLE, q_value DOUBLE, injected DOUBLE, kind VARCHAR NOT NULL,
+    reason VARCHAR NOT NULL);
+
 CREATE TABLE findings (
     comparison VARCHAR NOT NULL, rank INTEGER NOT NULL, site VARCHAR NOT NULL, target_site VARCHAR NOT NULL,
     phase VARCHAR NOT NULL, cause VARCHAR NOT NULL, confidence DOUBLE NOT NULL, summary VARCHAR NOT NULL,

@@ -110,13 +110,29 @@ def fill(connection: Any) -> None:
     connection.execute(
         """INSERT INTO logits BY NAME SELECT 'port-2' AS comparison, unnest([0, 0, 1]) AS prompt, unnest([0, 1, 0]) AS
            position, 1.5 AS r_ratio, 0.99 AS cosine, unnest([0.5, 0.25, 0.125]) AS kl, unnest([true, false, true]) AS
-           top1, 0.8 AS top5, 0.9 AS top10"""
+           top1, 0.8 AS top5, 0.9 AS top10, unnest(['prefill', 'decode', 'prefill']) AS phase, 'measured' AS state,
+           unnest(['pass', 'fail', 'pass']) AS verdict, 4 AS reference_norm, 2 AS baseline_error, 3 AS target_error,
+           unnest([7, 7, 8]) AS reference_token, unnest([7, 9, 8]) AS target_token,
+           unnest([0, 0.25, 0]) AS flip_expected, unnest([NULL, 1.5, NULL]) AS flip_sigma,
+           unnest([1, 2, 1]) AS rank_reference_token,
+           0 AS n_nonfinite_reference, 0 AS n_nonfinite_baseline, 0 AS n_nonfinite_target"""
     )
     connection.execute(
         """INSERT INTO findings BY NAME SELECT 'port-2' AS comparison, 1 AS rank, 'model.layers.1.self_attn' AS site,
            site AS target_site, 'prefill' AS phase, 'attention_scale' AS cause, 0.99 AS confidence, 'twice' AS summary,
            '{"explained": 0.999, "residual_ratio": 1.1, "runner_up": {"cause": "causal_mask", "explained": 0.1}}'
            AS evidence, 'once' AS remedy, 'attention-scale' AS entry, '' AS command"""
+    )
+    connection.execute(
+        """INSERT INTO change_points VALUES ('port-2', 'prefill', 'step', 'model.layers.1.self_attn', 7,
+           'model.layers.1.self_attn', 7, 'model.layers.1.mlp', 8, 0.0, ln(4.4))"""
+    )
+    connection.execute(
+        """INSERT INTO measurements BY NAME SELECT 'port-3' AS comparison, 900 + i AS measurement, 'x' AS site, 'x' AS
+           target_site, 'model.layers.1.mlp' AS module, ['input', 'output'][i] AS port, '' AS slot, 0 AS call, i AS
+           exec_order, 'prefill' AS phase, 64 AS n, [1.0, 40][i] AS r_ratio, [0.001, 0.08][i] AS relative_l2,
+           [0.001, 0.002][i] AS relative_l2_baseline, 'measured' AS state, ['pass', 'fail'][i] AS verdict
+           FROM (SELECT unnest([1, 2]) AS i)"""
     )
     for seq, line in enumerate(RECORDED.strip().splitlines()):
         run, rank, prompt, phase, step, order, module, dims, checksum, mean, std, n_nan = line.split()
@@ -216,7 +232,7 @@ def test_the_library_can_be_stored_in_the_catalog_and_replaced(tmp_path: Path) -
         fill(connection)
         sql_library.install(connection, temporary=False)
         sql_library.install(connection, temporary=False)
-    assert trace.query("SELECT site FROM first_divergence WHERE overall").to_pylist() == [
+    assert trace.query("SELECT site FROM first_divergence WHERE overall AND comparison = 'port-2'").to_pylist() == [
         {"site": "model.layers.1.self_attn"}
     ]
     comments = trace.query("SELECT comment FROM duckdb_views() WHERE view_name = 'divergence'")

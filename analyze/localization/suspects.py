@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...store.trace import Trace
 from ..verdict import SHAPE_MISMATCH
-from .dataflow import Dataflow, distinct
+from .candidates import Candidate, candidates
+from .change_points import DRIFT, SPIKE
+from .changes import SiteChange, site_changes
+from .replays import replays_of
 from .site_errors import SiteError, site_errors
 
-ORIGIN, SPIKE, DRIFT, INHERITED = "origin", "spike", "drift", "inherited"
+ORIGIN, INHERITED = "origin", "inherited"
 
-#: How much larger the relative excess error of a site may be than what fed it before it counts as its own. Measured
-#: on 24 faults of a trained Llama, what a fault injects grows at most fourfold on its way (`docs/localization.md`).
-GAIN = 10.0
 #: Suspects to name at least when any site fails: the runners-up are sites whose error is explained worst.
 LEAST_SUSPECTS = 3
 
@@ -57,24 +56,6 @@ class Suspect:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    """A failing site, and what speaks for its error being its own.
-
-    jump: its excess error over the largest that can have reached it; infinite when nothing did.
-    source: the failing site that explains it best, None when nothing upstream fails.
-    """
-
-    site: SiteError
-    jump: float
-    source: SiteError | None
-    injected: float | None
-
-    @property
-    def own(self) -> bool:
-        return self.jump > GAIN
-
-
 def suspects(trace: Trace, comparison: str) -> list[Suspect]:
     """Rank the sites of a comparison that may inject error, the earliest significant injection first.
 
@@ -88,81 +69,55 @@ def suspects(trace: Trace, comparison: str) -> list[Suspect]:
     Raises:
         InputError: there is no such comparison.
     """
-    candidates: list[_Candidate] = []
     phases = site_errors(trace, comparison)
-    flows = {phase: Dataflow(sites) for phase, sites in phases.items()}
-    earlier: list[SiteError] = []
-    for phase, sites in phases.items():
-        failing = [site for site in distinct(sites) if site.failed]
-        for place, site in enumerate(failing):
-            before = [*(source for source in earlier if source.exec_order <= site.exec_order), *failing[:place]]
-            candidates.append(_candidate(flows[phase], site, before))
-        earlier += failing
-    return _ranked(candidates, phases)
+    changes = {phase: site_changes(sites) for phase, sites in phases.items()}
+    return rank(candidates(phases, replays_of(trace, comparison)), phases, changes)
 
 
-def _candidate(flow: Dataflow, site: SiteError, before: Sequence[SiteError]) -> _Candidate:
-    """Judge a failing site against the failing sites before it."""
-    inputs = flow.inputs(site)
-    injected = injected_error(site, inputs)
-    if site.state == SHAPE_MISMATCH:
-        return _Candidate(site, math.inf, None, injected)
-    sources = [source for source in before if source.state != SHAPE_MISMATCH and flow.may_feed(source, site)]
-    if inputs and flow.is_leaf(site.module) and not any(source.failed for source in inputs):
-        sources = [source for source in sources if source.site == site.site]
-    source = max(sources, key=lambda source: flow.passed_on(source, site), default=None)
-    if source is None:
-        return _Candidate(site, math.inf, None, injected)
-    reached = flow.passed_on(source, site)
-    jump = 1.0 if math.isinf(reached) else site.excess / reached if reached > 0 else math.inf
-    return _Candidate(site, jump, source, injected)
-
-
-def injected_error(site: SiteError, inputs: Sequence[SiteError]) -> float | None:
-    """Error that a module adds beyond what its inputs bring, in units of the baseline's; None without inputs.
-
-    If a module passes errors on as it passes on the baseline's, an input with R_in brings R_in^2 - 1 times the
-    baseline's squared error beyond the baseline's own, so what remains of the output is
-    sqrt(R_out^2 - (R_in^2 - 1)): R itself when the inputs are as good as the baseline's, at most 1 when everything is
-    inherited.
-    """
-    known = [source.equivalent_r for source in inputs if source.equivalent_r is not None]
-    if site.equivalent_r is None or not known:
-        return None
-    brought = max(max(known) ** 2 - 1.0, 0.0)
-    return math.sqrt(max(site.equivalent_r**2 - brought, 0.0))
-
-
-def _ranked(candidates: Sequence[_Candidate], phases: dict[str, list[SiteError]]) -> list[Suspect]:
-    own = [candidate for candidate in candidates if candidate.own]
-    explaining = {candidate.source.measurement for candidate in candidates if candidate.source and not candidate.own}
+def rank(
+    found: Sequence[Candidate],
+    phases: Mapping[str, Sequence[SiteError]],
+    changes: Mapping[str, Sequence[SiteChange]],
+) -> list[Suspect]:
+    """Order failing sites: origins as they come in time and dataflow, then spikes, then what is explained worst."""
+    own = [candidate for candidate in found if candidate.own]
+    explaining = {candidate.source.measurement for candidate in found if candidate.source and not candidate.own}
     kinds = {
-        candidate.site.measurement: _kind(candidate, explaining, phases[candidate.site.phase]) for candidate in own
+        candidate.site.measurement: _kind(
+            candidate, explaining, phases[candidate.site.phase], changes[candidate.site.phase]
+        )
+        for candidate in own
     }
-    own.sort(
-        key=lambda candidate: (kinds[candidate.site.measurement] != ORIGIN, candidate.site.state == SHAPE_MISMATCH)
-    )
-    rest = [candidate for candidate in candidates if not candidate.own]
-    rest.sort(key=lambda candidate: -candidate.jump)
+    own.sort(key=lambda one: (kinds[one.site.measurement] == SPIKE, one.site.state == SHAPE_MISMATCH))
+    places = {(candidate.site.module, candidate.site.port) for candidate in own}
+    rest = [one for one in found if not one.own and (one.site.module, one.site.port) not in places]
+    rest.sort(key=lambda one: (bool(own) and one.site.phase != own[0].site.phase, -one.jump))
     chosen = own + rest[: max(LEAST_SUSPECTS - len(own), 0)]
     return [
-        _suspect(rank, candidate, kinds.get(candidate.site.measurement, INHERITED))
-        for rank, candidate in enumerate(chosen, 1)
+        _suspect(number, one, kinds.get(one.site.measurement, INHERITED), phases)
+        for number, one in enumerate(chosen, 1)
     ]
 
 
-def _kind(candidate: _Candidate, explaining: set[int], sites: Sequence[SiteError]) -> str:
-    """`spike` when nothing downstream fails because of it though something is downstream."""
+def _kind(candidate: Candidate, explaining: set[int], sites: Sequence[SiteError], changes: Sequence[SiteChange]) -> str:
+    """What a site with an error of its own is.
+
+    `drift` when it lies on a steady growth of R, which no single site injects; `spike` when nothing downstream fails
+    because of it though something is downstream; else `origin`.
+    """
+    place = candidate.site.exec_order
+    for change in changes:
+        if change.kind == DRIFT and change.log_r_change > 0 and change.exec_low < place <= change.exec_high:
+            return DRIFT
     if candidate.site.measurement in explaining:
         return ORIGIN
-    later = [site for site in sites if site.exec_order > candidate.site.exec_order]
-    return SPIKE if any(not site.failed for site in later) else ORIGIN
+    return SPIKE if any(site.exec_order > place and not site.failed for site in sites) else ORIGIN
 
 
-def _suspect(rank: int, candidate: _Candidate, kind: str) -> Suspect:
+def _suspect(number: int, candidate: Candidate, kind: str, phases: Mapping[str, Sequence[SiteError]]) -> Suspect:
     site = candidate.site
     return Suspect(
-        rank,
+        number,
         site.site,
         site.target_site,
         site.module,
@@ -175,17 +130,39 @@ def _suspect(rank: int, candidate: _Candidate, kind: str) -> Suspect:
         site.q_value,
         candidate.injected,
         kind,
-        _reason(candidate, kind),
+        _reason(candidate, kind, phases),
     )
 
 
-def _reason(candidate: _Candidate, kind: str) -> str:
+def _reason(candidate: Candidate, kind: str, phases: Mapping[str, Sequence[SiteError]]) -> str:
     site, source = candidate.site, candidate.source
-    r = "R is undefined" if site.equivalent_r is None else f"R = {site.equivalent_r:.3g}"
     if site.state == SHAPE_MISMATCH:
         return "its shape differs from the reference's"
-    if source is None:
-        return f"{r}, and no site upstream of it fails"
-    if kind == INHERITED:
-        return f"{r}; {candidate.jump:.2g} times the relative error that {source.site} hands on, which explains it"
-    return f"{r}; {candidate.jump:.2g} times the relative error that {source.site} can have handed on"
+    parts = ["R is undefined" if site.equivalent_r is None else f"R = {site.equivalent_r:.3g}"]
+    if candidate.replayed is not None and candidate.replayed.r_local is not None:
+        parts.append(f"R_local = {candidate.replayed.r_local:.3g} on the target's own inputs")
+    if kind == INHERITED and source is not None:
+        parts.append(f"explained by {source.site}: {candidate.jump:.2g} times the relative error that reaches it")
+    elif candidate.good_inputs:
+        parts.append("its inputs are good")
+    elif source is None:
+        parts.append("no site upstream of it fails")
+    else:
+        parts.append(f"{candidate.jump:.2g} times the relative error that can have come from {source.site}")
+    if kind == SPIKE:
+        parts.append("nothing downstream fails because of it")
+    if kind == DRIFT:
+        parts.append("R grows steadily over the sites around it")
+    if kind != INHERITED:
+        parts += _in_other_phases(site, phases)
+    return "; ".join(parts)
+
+
+def _in_other_phases(site: SiteError, phases: Mapping[str, Sequence[SiteError]]) -> list[str]:
+    """Whether the same site fails in the other phases, where it was compared."""
+    found = []
+    for phase, sites in phases.items():
+        others = [other for other in sites if (other.site, other.target_site) == (site.site, site.target_site)]
+        if phase != site.phase and others:
+            found.append(f"also in {phase}" if others[0].failed else f"not in {phase}")
+    return found

@@ -1,0 +1,100 @@
+"""Failing sites and what speaks for their error being their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..verdict import SHAPE_MISMATCH
+from .dataflow import Dataflow, distinct
+from .replays import Replayed
+from .site_errors import SiteError
+
+#: How much larger the relative excess error of a site may be than what reached it before it counts as its own. On 24
+#: faults of a trained Llama, what a fault injects grows at most fourfold on its way (docs/localization.md).
+GAIN = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A failing site.
+
+    Attributes:
+        site: the site.
+        jump: its excess error over the largest that can have reached it; infinite when nothing did.
+        source: the failing site that explains it best; None when nothing upstream fails.
+        injected: see `Suspect.injected`.
+        replayed: R_local of its module where the comparison was replayed.
+        good_inputs: the module's inputs were compared, and none fails.
+    """
+
+    site: SiteError
+    jump: float
+    source: SiteError | None
+    injected: float | None
+    replayed: Replayed | None
+    good_inputs: bool
+
+    @property
+    def own(self) -> bool:
+        """Its error is not explained by what came before it."""
+        if self.replayed is not None and self.replayed.failed:
+            return True
+        return self.jump > GAIN
+
+
+def candidates(
+    phases: Mapping[str, Sequence[SiteError]], replays: Mapping[tuple[str, str], Replayed]
+) -> list[Candidate]:
+    """All failing sites, phases in time order and sites in dataflow order.
+
+    In decode, what fails in prefill at the same place or before it counts as upstream: the cache hands it on.
+    """
+    found: list[Candidate] = []
+    earlier: list[SiteError] = []
+    for sites in phases.values():
+        flow = Dataflow(sites)
+        failing = [site for site in distinct(sites) if site.failed]
+        for place, site in enumerate(failing):
+            before = [*(source for source in earlier if source.exec_order <= site.exec_order), *failing[:place]]
+            replayed = replays.get((site.module, site.phase)) if site.port == "output" else None
+            found.append(_candidate(flow, site, before, replayed))
+        earlier += failing
+    return found
+
+
+def _candidate(flow: Dataflow, site: SiteError, before: Sequence[SiteError], replayed: Replayed | None) -> Candidate:
+    inputs = flow.inputs(site)
+    injected = injected_error(site, inputs) if replayed is None else replayed.r_local
+    good = bool(inputs) and flow.is_leaf(site.module) and not any(source.failed for source in inputs)
+    source, jump = None, math.inf
+    if site.state != SHAPE_MISMATCH:
+        sources = [one for one in before if one.state != SHAPE_MISMATCH and flow.may_feed(one, site)]
+        if good:
+            sources = [one for one in sources if one.module == site.module]
+        source = max(sources, key=lambda one: flow.passed_on(one, site), default=None)
+    if source is not None:
+        jump = _quotient(site.excess, flow.passed_on(source, site))
+    return Candidate(site, jump, source, injected, replayed, good)
+
+
+def _quotient(excess: float, reached: float) -> float:
+    if math.isinf(reached):
+        return 1.0
+    return excess / reached if reached > 0 else math.inf
+
+
+def injected_error(site: SiteError, inputs: Sequence[SiteError]) -> float | None:
+    """Error that a module adds beyond what its inputs bring, in units of the baseline's; None without inputs.
+
+    If a module passes errors on as it passes on the baseline's, an input with R_in brings R_in^2 - 1 times the
+    baseline's squared error beyond the baseline's own, so what remains of the output is
+    sqrt(R_out^2 - (R_in^2 - 1)): R itself when the inputs are as good as the baseline's, at most 1 when everything is
+    inherited.
+    """
+    known = [source.equivalent_r for source in inputs if source.equivalent_r is not None]
+    if site.equivalent_r is None or not known:
+        return None
+    brought = max(max(known) ** 2 - 1.0, 0.0)
+    return math.sqrt(max(site.equivalent_r**2 - brought, 0.0))
