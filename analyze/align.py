@@ -110,6 +110,11 @@ class AlignedSite:
         return sum(len(positions) for positions, _ in self._pieces)
 
     @property
+    def positioned(self) -> bool:
+        """Whether rows are token positions; otherwise they are whole tensors."""
+        return self._pieces[0][1][2].position_start is not None
+
+    @property
     def target_dtype(self) -> str:
         """Dtype of the target's tensors by name."""
         return self._pieces[0][1][2].dtype

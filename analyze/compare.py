@@ -14,19 +14,20 @@ from ..store.errors import InputError
 from ..store.progress import Progress, no_progress
 from ..store.trace import Trace
 from .align import AlignedSite, PromptPair, Selection, align, match_prompts
+from .calibration.judging import Judging
+from .calibration.learned import Calibration
+from .calibration.replicates import check_replicates
 from .coverage import CoverageReport, Covered, doubts_about_coverage, store_coverage
 from .doubts import doubts_about
 from .loading import load_sites
 from .matching import map_runs
-from .measure import measure
-from .moments import NONFINITE
 from .pairs import Gap, Pair, SiteMapping
 from .rank_doubts import doubts_about_ranks
 from .ranks import Stored
-from .results import Judged, ResultWriter
+from .results import ResultWriter
 from .sites import Site, SiteInfo, sites_of
 from .sql_library import install
-from .verdict import FAIL, SHAPE_MISMATCH, Thresholds, overall_verdict, site_verdict
+from .verdict import Thresholds, overall_verdict
 
 #: Index rows of the reference that are held at once (its sites are loaded in chunks of about this size).
 _CHUNK_TENSORS = 4096
@@ -45,6 +46,9 @@ class ComparisonRequest:
         include: globs over reference module paths to compare; all by default.
         exclude: globs over reference module paths to leave out.
         mapping: a component_mapping.json that overrides the automatic mapping.
+        replicates: runs that compute what the baseline computes with other rounding: they show how clean runs scatter.
+        calibration: limits learnt from known-good ports, already part of `thresholds`; its null serves when there are
+            no replicates.
     """
 
     reference: str
@@ -55,16 +59,30 @@ class ComparisonRequest:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     mapping: Path | None = None
+    replicates: tuple[str, ...] = ()
+    calibration: Calibration | None = None
 
     @property
     def comparison(self) -> str:
         """Name under which results are stored."""
         return self.name or self.target
 
+    def rests_on(self) -> dict[str, Any]:
+        """What the verdicts rest on, JSON-ready: limits, and the null behind the p-values."""
+        null = "replicates" if self.replicates else "calibration" if self.calibration else "tokens"
+        return {
+            **self.thresholds.as_dict(),
+            "replicates": list(self.replicates),
+            "null": null if self.baseline is not None else None,
+        }
+
 
 @dataclass(frozen=True)
 class ComparisonSummary:
-    """Outcome of a comparison; everything else is in the catalog."""
+    """Outcome of a comparison; everything else is in the catalog.
+
+    `reasons` speak against it; `notes` say what its verdicts rest on.
+    """
 
     comparison: str
     verdict: str
@@ -73,6 +91,7 @@ class ComparisonSummary:
     n_unmatched: int
     n_skipped: int
     n_measurements: int
+    notes: tuple[str, ...] = ()
 
 
 def compare(trace: Trace, request: ComparisonRequest, *, progress: Progress = no_progress) -> ComparisonSummary:
@@ -90,6 +109,7 @@ def compare(trace: Trace, request: ComparisonRequest, *, progress: Progress = no
     for run in runs:
         if run is not None:
             trace.manifest(run)
+    check_replicates(trace, request.baseline, request.replicates)
     prompts = match_prompts(trace, *runs)
     mapped = map_runs(
         trace, runs, prompts, include=request.include, exclude=request.exclude, file=request.mapping, progress=progress
@@ -99,13 +119,11 @@ def compare(trace: Trace, request: ComparisonRequest, *, progress: Progress = no
         mapping = _with_baseline(mapping, sites_of(trace, request.baseline))
     chunks = _chunks(mapping.pairs, {info.site: info.n_tensors for info in mapped.reference})
     covered: list[Covered] = []
-    verdicts: list[str] = []
+    judging = Judging(trace, runs, request.thresholds, request.replicates, request.calibration)
     with ResultWriter(trace.path, request.comparison) as results:
         for number, (pair, aligned, expected) in enumerate(_aligned_pairs(trace, request, chunks, prompts)):
             progress(pair.reference.name, number, len(mapping.pairs))
-            rows = list(_judge(pair, number, aligned, request.thresholds))
-            verdicts.extend(row.verdict for row in rows if row.prompt is None)
-            results.add(rows)
+            results.add(judging.measure(pair, number, aligned))
             trace.release_pages()
             compared = sum(site.n_positions for phase in aligned.values() for site in phase.values())
             covered.append(Covered(pair, tuple(aligned), compared, expected))
@@ -113,7 +131,8 @@ def compare(trace: Trace, request: ComparisonRequest, *, progress: Progress = no
         doubts = doubts_about(trace, request.reference, request.baseline, request.target, prompts)
         doubts += doubts_about_ranks(trace, request.target, [pair.target for pair in mapping.pairs])
         doubts += doubts_about_coverage(report)
-        verdict, reasons = overall_verdict(verdicts, len(report.unmatched), doubts)
+        outcomes = judging.outcomes()
+        verdict, reasons = overall_verdict(outcomes.overall, len(report.unmatched), doubts)
         summary = ComparisonSummary(
             request.comparison,
             verdict,
@@ -122,10 +141,11 @@ def compare(trace: Trace, request: ComparisonRequest, *, progress: Progress = no
             len(report.unmatched),
             len(report.gaps) - len(report.unmatched),
             results.n_measurements,
+            outcomes.notes,
         )
         with catalog.writing(trace.catalog_path) as connection:
             _store(connection, request, summary, report)
-            results.commit(connection)
+            results.commit(connection, outcomes)
             install(connection, temporary=False)
     return summary
 
@@ -134,6 +154,8 @@ def _check(request: ComparisonRequest) -> None:
     runs = [run for run in (request.reference, request.baseline, request.target) if run is not None]
     if len(set(runs)) != len(runs):
         raise InputError(f"reference, baseline and target must be different runs, not {', '.join(runs)}")
+    if shared := set(runs) & set(request.replicates):
+        raise InputError(f"{', '.join(shared)} cannot be its own replicate; capture one with --replicate")
     if request.baseline is None and request.thresholds.relative_l2 is None:
         raise InputError(
             "without a baseline there is no R; name one, or give a limit for relative L2 (--tolerance 1e-5)"
@@ -193,30 +215,6 @@ def _n_positions(tensors: Sequence[Stored]) -> int:
     return len(positions)
 
 
-def _judge(
-    pair: Pair, exec_order: int, aligned: Mapping[str, Mapping[int, AlignedSite]], thresholds: Thresholds
-) -> Iterator[Judged]:
-    """Measure one site in every phase: over all prompts first, then per prompt."""
-    for phase, by_prompt in aligned.items():
-        if any(site.clash() for site in by_prompt.values()):
-            yield Judged(pair, exec_order, phase, None, None, SHAPE_MISMATCH, FAIL)
-            continue
-        found = measure({prompt: site.__iter__ for prompt, site in by_prompt.items()})
-        dtype = next(iter(by_prompt.values())).target_dtype
-        for prompt in (None, *by_prompt):
-            one = found[prompt]
-            verdict = site_verdict(
-                one.state,
-                one.r_ratio,
-                one.r_low,
-                one.relative_l2,
-                one.state == NONFINITE and one.n_nonfinite_target > 0,
-                thresholds,
-                dtype,
-            )
-            yield Judged(pair, exec_order, phase, prompt, one, one.state, verdict)
-
-
 def _store(connection: Any, request: ComparisonRequest, summary: ComparisonSummary, report: CoverageReport) -> None:
     """Replace the comparison's rows in the catalog, except for the measurements themselves."""
     name = request.comparison
@@ -230,7 +228,7 @@ def _store(connection: Any, request: ComparisonRequest, summary: ComparisonSumma
             "baseline": [request.baseline],
             "target": [request.target],
             "mapping": [name],
-            "thresholds": [json.dumps(request.thresholds.as_dict())],
+            "thresholds": [json.dumps(request.rests_on())],
             "created_at": [datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)],
             "verdict": [summary.verdict],
             "reasons": [list(summary.reasons)],

@@ -37,8 +37,8 @@ def interval_over_tokens(tokens: FloatArray) -> tuple[float, float]:
     """
     if len(tokens) < 2 or not np.isfinite(tokens).all():
         return _NONE
-    clusters = _clusters(tokens)
-    return _percentiles(_weights(len(clusters)) @ clusters)
+    grouped = clusters(tokens)
+    return _percentiles(_weights(len(grouped)) @ grouped)
 
 
 def interval_over_prompts(prompts: Sequence[FloatArray]) -> tuple[float, float]:
@@ -50,8 +50,8 @@ def interval_over_prompts(prompts: Sequence[FloatArray]) -> tuple[float, float]:
         return _NONE
     resampled = np.empty((len(prompts), RESAMPLES, 3))
     for row, tokens in zip(resampled, prompts, strict=True):
-        clusters = _clusters(tokens)
-        row[:] = _weights(len(clusters)) @ clusters
+        grouped = clusters(tokens)
+        row[:] = _weights(len(grouped)) @ grouped
     drawn = np.random.default_rng([_SEED, len(prompts)])
     replicates = np.arange(RESAMPLES)
     totals = np.zeros((RESAMPLES, 3))
@@ -61,7 +61,8 @@ def interval_over_prompts(prompts: Sequence[FloatArray]) -> tuple[float, float]:
     return _percentiles(totals)
 
 
-def _clusters(tokens: FloatArray) -> FloatArray:
+def clusters(tokens: FloatArray) -> FloatArray:
+    """The rows themselves, or the sums of `MAX_CLUSTERS` runs of consecutive rows when there are more."""
     if len(tokens) <= MAX_CLUSTERS:
         return tokens
     starts = np.linspace(0, len(tokens), MAX_CLUSTERS, endpoint=False).astype(np.intp)

@@ -9,19 +9,21 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..store import catalog
 from .measure import PROBABILITIES, Measurement
 from .pairs import Pair
+from .triples import FloatArray
 
 _NUMBERS = (
     "reference_norm",
@@ -45,6 +47,8 @@ _NUMBERS = (
     "fit_offset",
     "fit_residual",
 )
+#: Numbers that are known only after the last site.
+_OUTCOMES = ("p_value", "q_value", "r_judged", "r_limit")
 _MEASUREMENTS = pa.schema(
     [
         *((name, pa.string()) for name in ("comparison", "site", "target_site", "module", "port", "slot", "phase")),
@@ -52,7 +56,6 @@ _MEASUREMENTS = pa.schema(
         ("n", pa.int64()),
         *((name, pa.float64()) for name in _NUMBERS),
         ("state", pa.string()),
-        ("verdict", pa.string()),
     ]
 )
 _QUANTILES = pa.schema(
@@ -75,7 +78,7 @@ _SCHEMAS = {"measurements": _MEASUREMENTS, "error_quantiles": _QUANTILES, "token
 
 @dataclass(frozen=True)
 class Judged:
-    """A measurement with its place and verdict; `measurement` is None when shapes do not match."""
+    """A measurement with its place; `measurement` is None when shapes do not match."""
 
     pair: Pair
     exec_order: int
@@ -83,7 +86,32 @@ class Judged:
     prompt: int | None
     measurement: Measurement | None
     state: str
-    verdict: str
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Verdicts of all measurements, in their order.
+
+    Attributes:
+        verdicts: one each.
+        overall: those of the measurements over all prompts.
+        n_rerouted: tokens that were left out of the verdict.
+        numbers: `p_value`, `q_value`, `r_judged` and `r_limit`; NaN where R did not decide.
+        notes: what the verdicts rest on, for people.
+    """
+
+    verdicts: tuple[str, ...]
+    overall: tuple[str, ...]
+    n_rerouted: npt.NDArray[np.int32]
+    numbers: Mapping[str, FloatArray]
+    notes: tuple[str, ...] = ()
+
+    def columns(self, start: int, stop: int) -> dict[str, pa.Array]:
+        """The columns of some measurements."""
+        columns = {name: pa.array(self.numbers[name][start:stop], from_pandas=True) for name in _OUTCOMES}
+        columns["n_rerouted"] = pa.array(self.n_rerouted[start:stop])
+        columns["verdict"] = pa.array(self.verdicts[start:stop], pa.string())
+        return columns
 
 
 class ResultWriter:
@@ -118,12 +146,18 @@ class ResultWriter:
             if parts:
                 self._writers[table].write_table(pa.concat_tables(parts))
 
-    def commit(self, connection: Any) -> None:
+    def commit(self, connection: Any, outcomes: Outcomes) -> None:
         """Append everything to the catalog."""
         for table, writer in self._writers.items():
             writer.close()
+            start = 0
             for batch in pq.ParquetFile(self._folder / f"{table}.parquet").iter_batches(batch_size=1 << 20):
-                catalog.insert(connection, table, pa.Table.from_batches([batch]))
+                rows = pa.Table.from_batches([batch])
+                if table == "measurements":
+                    for name, column in outcomes.columns(start, start + len(rows)).items():
+                        rows = rows.append_column(name, column)
+                start += len(rows)
+                catalog.insert(connection, table, rows)
 
     def _record(self, row: Judged) -> dict[str, object]:
         site, found = row.pair.reference, row.measurement
@@ -143,7 +177,6 @@ class ResultWriter:
             "n": found.n if found else 0,
             **numbers,
             "state": row.state,
-            "verdict": row.verdict,
         }
 
     def _columns(self, schema: pa.Schema, values: Sequence[Any]) -> pa.Table:

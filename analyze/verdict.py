@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from .moments import BASELINE_EXACT, EXACT, NONFINITE
 
 PASS, FAIL, UNDECIDED = "pass", "fail", "undecided"
 SHAPE_MISMATCH = "shape_mismatch"
+
+#: Largest share of false alarms that is accepted among the sites that are called divergent.
+ALPHA = 0.05
 
 #: Unit roundoff of the dtypes a target may run in: half the distance from 1 to the next number.
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -25,6 +28,8 @@ class Thresholds:
         delta: largest KL divergence of the next-token distributions, in nats.
         top1: smallest share of positions with the same most likely token.
         relative_l2: largest relative L2 error in a comparison without a baseline; None with one.
+        tau_r_by_kind: largest R at sites of some kinds (paths within a layer), where it is not `tau_r`.
+        calibration: name of the calibration that the limits come from; None for defaults or the user's own.
     """
 
     tau_r: float = 1.2
@@ -32,37 +37,34 @@ class Thresholds:
     delta: float = 0.1
     top1: float = 0.5
     relative_l2: float | None = None
+    tau_r_by_kind: Mapping[str, float] = field(default_factory=dict)
+    calibration: str | None = None
 
-    def as_dict(self) -> dict[str, float | None]:
+    def as_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""
         return asdict(self)
 
+    def limit(self, kind: str) -> float:
+        """Largest R of a site of this kind."""
+        return self.tau_r_by_kind.get(kind, self.tau_r)
 
-def site_verdict(
-    state: str,
-    r_ratio: float,
-    r_low: float,
-    relative_l2: float,
-    target_nonfinite: bool,
-    thresholds: Thresholds,
-    target_dtype: str,
-) -> str:
-    """Judge one measurement.
+
+def settled_verdict(
+    state: str, relative_l2: float, target_nonfinite: bool, thresholds: Thresholds, target_dtype: str
+) -> str | None:
+    """Judge one measurement without R; None where R decides.
 
     - `exact` passes; a `shape_mismatch` fails.
     - `nonfinite` fails when the target has NaN or infinities of its own; when only the reference or the baseline has,
       nothing can be said.
-    - integers that differ are undecided: they are indices (experts, tokens), whose distance means nothing; a tie
-      broken the other way and a wrong choice look the same from here.
+    - integers that differ are undecided: they are indices (experts, tokens), whose distance means nothing. Those of a
+      router are judged by `flips_verdict` instead.
     - `baseline_exact`: the reference computes this site without rounding (a lookup, a copy). The target passes if it
       stays within one unit roundoff of its dtype, since rounding the stored values is all it may add.
-    - `measured`: R above tau_r fails, unless its interval reaches down to 1: then there are too few tokens to tell.
     - without a baseline, relative L2 is held against its own limit.
 
     Args:
         state: state of the measurement.
-        r_ratio: R.
-        r_low: lower end of its interval, NaN when there is none.
         relative_l2: relative error of the target.
         target_nonfinite: the target holds non-finite values that the reference does not.
         thresholds: limits.
@@ -80,9 +82,27 @@ def site_verdict(
         return PASS if relative_l2 <= thresholds.relative_l2 else FAIL
     if state == BASELINE_EXACT:
         return PASS if relative_l2 <= UNIT_ROUNDOFF.get(target_dtype, 0.0) else FAIL
-    if r_ratio < thresholds.tau_r:
+    return None
+
+
+def r_verdict(r_ratio: float, limit: float, q_value: float) -> str:
+    """Judge R: above its limit it fails, unless chance could have made it so large; then there are too few tokens.
+
+    Args:
+        r_ratio: R over the tokens that count.
+        limit: largest R of a clean site.
+        q_value: false-discovery rate at which the site would be called divergent; NaN (a single token) is no excuse.
+    """
+    if r_ratio < limit:
         return PASS
-    return UNDECIDED if not math.isnan(r_low) and r_low <= 1.0 else FAIL
+    return UNDECIDED if q_value > ALPHA else FAIL
+
+
+def flips_verdict(p_value: float, q_value: float) -> str:
+    """Judge the experts that a router chose: pass unless more tokens are sent elsewhere than chance explains."""
+    if q_value <= ALPHA:
+        return FAIL
+    return UNDECIDED if p_value <= ALPHA else PASS
 
 
 def overall_verdict(sites: Sequence[str], n_unmatched: int, doubts: Sequence[str]) -> tuple[str, list[str]]:
