@@ -316,8 +316,8 @@ def _layer(
             made = "NeuronLlamaMLP" if block["native"] else f"Neuron{stem}{block['class_suffix']}"
             modules.append(f"self.{block['name']} = {made}(config)")
     terms = [term for node in spec.layer.nodes for term in node.terms] + list(spec.layer.output)
-    for factor in dict.fromkeys(term.factor for term in terms if term.factor is not None):
-        modules.append(f"self.{_attribute(factor)} = {factor.expression}")
+    factors = dict.fromkeys(term.factor for term in terms if term.factor is not None)
+    modules.extend(f"self.{_attribute(factor)} = {factor.expression}" for factor in factors)
     return {
         "modules": modules,
         "forward": list(_forward(spec, block)),

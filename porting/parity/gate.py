@@ -25,10 +25,11 @@ from ...capture.prompts import PromptInput
 from ...store.errors import CaptureError, InputError
 from ...store.progress import Progress, no_progress
 from ...store.trace import Trace
+from ..environment import find_environment, require_sources
 from ..generator.generate import Port, generate, write_port
 from ..spec.architecture import Architecture
 from ..spec.extract import analyse_model
-from ..spec.hostile import random_model, small_config
+from ..spec.hostile import hostile_model
 
 #: Largest relative L2 distance of a site in FP32.
 TOLERANCE = 1e-5
@@ -163,14 +164,14 @@ def check_port(
     Raises:
         InputError: the port cannot be built, or something on this machine is missing.
     """
-    small = small_config(config)
-    model = random_model(small, seed)
+    require_sources(find_environment())
+    model = hostile_model(config, seed)
     checkpoint = folder / "checkpoint"
     model.save_pretrained(checkpoint)
-    vocabulary = small.vocab_size
     rng = np.random.default_rng(seed)
     prompts = [
-        PromptInput(str(n), token_ids=tuple(int(token) for token in rng.integers(2, vocabulary, n))) for n in _PROMPTS
+        PromptInput(str(n), token_ids=tuple(int(token) for token in rng.integers(2, model.config.vocab_size, n)))
+        for n in _PROMPTS
     ]
     trace = Trace.create(folder / "trace")
     source, batch = ModelSource(checkpoint, attention="eager"), len(prompts)

@@ -76,8 +76,8 @@ class AttentionAnalysis:
         clip = self._clip(value, values)
         if clip is not None:
             query, key = (x.clamp(-self._clip_value, self._clip_value) for x in (query, key))
-        stride = heads // kv_heads
-        keys = softmax.right.transpose(-1, -2)[:, ::stride]
+        keys = softmax.right.transpose(-1, -2)
+        keys = keys[:, :: keys.shape[1] // kv_heads]
         norm, rotary, factor = self._query_key(query, key, softmax.left, keys)
         scale, softcap = self._scores(softmax, factor)
         mask = self._mask(softmax)
@@ -130,7 +130,7 @@ class AttentionAnalysis:
         for kv_heads in (k for k in range(1, n + 1) if n % k == 0):
             repeated = (x[:, :: n // kv_heads].repeat_interleave(n // kv_heads, 1) for x in (keys, softmax.values))
             if all(torch.equal(a, b) for a, b in zip(repeated, (keys, softmax.values), strict=True)):
-                return kv_heads * softmax.left.shape[1] // n if n != softmax.left.shape[1] else kv_heads
+                return kv_heads
         return n
 
     def _linears(self) -> list[Call]:

@@ -9,11 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from .architecture import Number
 
 _TOLERANCE = 1e-5
+
+
+def visible(config: Any) -> SimpleNamespace:
+    """What a port sees of a configuration: its stored keys and their aliases, no properties."""
+    names = [*getattr(config, "attribute_map", {}), *config.to_dict()]
+    return SimpleNamespace(**{name: getattr(config, name) for name in names if hasattr(config, name)})
 
 
 class Expressions:
@@ -26,10 +33,9 @@ class Expressions:
             small: the configuration of the observed model.
             full: the configuration of the model to port.
         """
-        self.small, self.full = small, full
-        names = [*getattr(small, "attribute_map", {}), *small.to_dict()]
+        self.small, self.full = visible(small), visible(full)
         aliased = set(getattr(small, "attribute_map", {}).values())
-        self.keys = [name for name in dict.fromkeys(names) if name not in aliased]
+        self.keys = [name for name in vars(self.small) if name not in aliased]
 
     def value(self, expression: str, config: Any = None) -> Any:
         """What an expression is, by default for the full configuration."""

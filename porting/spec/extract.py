@@ -19,7 +19,7 @@ from .ends import analyse_embedding, analyse_head
 from .expressions import Expressions
 from .feed_forward import analyse_feed_forward
 from .feed_forward import claims as feed_forward_claims
-from .hostile import random_model, small_config, tokens_for
+from .hostile import hostile_model, tokens_for
 from .layers import LayerAnalysis, cases_of, find_layers
 from .observation import Observation, observe
 from .sources import Sources
@@ -59,8 +59,8 @@ def analyse_config(config: Any) -> Architecture:
     Raises:
         InputError: as `analyse_model`.
     """
-    small = small_config(config)
-    model = random_model(small)
+    model = hostile_model(config)
+    small = model.config
     seen = observe(model, tokens_for(small))
     numbers, sources = Expressions(small, config), Sources()
     layers = find_layers(model, small.num_hidden_layers)

@@ -8,7 +8,6 @@ and biases not 0. A port that is right here has no symmetry to hide behind.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ _SIZES: dict[str, Any] = {
     "sliding_window": 7,
     "attention_chunk_size": 8,
 }
+_TIED_HEAD_DIM = _SIZES["hidden_size"] // _SIZES["num_attention_heads"]
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 #: Factors that are 1 (or what the size dictates) in many configurations, and would then go unseen.
 _FACTORS: dict[str, float] = {
@@ -53,21 +53,18 @@ _SCALE_OF_BIAS = 0.3
 _SCALE_OF_NORM = 0.3
 
 
-def small_config(config: Any, *, n_layers: int | None = None) -> Any:
+def small_config(config: Any, *, free_head_dim: bool = True) -> Any:
     """A configuration of the same architecture with small, awkward sizes.
 
     Args:
         config: the configuration of the model.
-        n_layers: number of layers; by default the fewest that hold every kind of layer.
-
-    Raises:
-        InputError: the small configuration is refused by its class.
+        free_head_dim: whether heads times their size may differ from the hidden size, where there is a key for it.
     """
     small = copy.deepcopy(config)
     known = set(config.to_dict()) | set(getattr(config, "attribute_map", {}))
     wanted = {key: value for key, value in _SIZES.items() if key in known}
-    if getattr(config, "head_dim", None) is None:
-        wanted.pop("head_dim", None)
+    if "head_dim" in wanted and (not free_head_dim or config.head_dim is None):
+        wanted["head_dim"] = None if config.head_dim is None else _TIED_HEAD_DIM
     for key in ("sliding_window", "attention_chunk_size", "pad_token_id", "bos_token_id"):
         if getattr(config, key, None) is None and key != "pad_token_id":
             wanted.pop(key, None)
@@ -77,7 +74,7 @@ def small_config(config: Any, *, n_layers: int | None = None) -> Any:
     wanted.update({key: value for key, value in _FACTORS.items() if getattr(config, key, None) is not None})
     wanted.update({key: _EPSILON for key in _EPSILONS if key in known})
     wanted.update({key: 0.0 for key in known if any(word in key for word in _SILENT) and _is_number(config, key)})
-    layers = _layers(config, n_layers)
+    layers = _layers(config)
     wanted["num_hidden_layers"] = len(layers)
     for key in _PER_LAYER:
         values = getattr(config, key, None)
@@ -98,11 +95,9 @@ def _kv_heads(config: Any, key: str) -> int:
     return 1 if heads == 1 else 3
 
 
-def _layers(config: Any, n_layers: int | None) -> list[int]:
+def _layers(config: Any) -> list[int]:
     """Layers that hold every kind, and one after the last kind begins: caches are then read after a switch."""
     total = config.num_hidden_layers
-    if n_layers is not None:
-        return list(range(n_layers))
     kinds = []
     for layer in range(total):
         values = (getattr(config, key, None) for key in _PER_LAYER)
@@ -127,6 +122,30 @@ def _shorten_factors(config: Any) -> None:
 def _is_number(config: Any, key: str) -> bool:
     value = getattr(config, key, None)
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def hostile_model(config: Any, seed: int = 0) -> torch.nn.Module:
+    """A small random model of a configuration, with heads as wide as its code allows.
+
+    Args:
+        config: the configuration of the model to port.
+        seed: of the weights.
+
+    Raises:
+        InputError: transformers cannot build it, or it does not run.
+    """
+    reason = ""
+    for free_head_dim in (True, False):
+        small = small_config(config, free_head_dim=free_head_dim)
+        model = random_model(small, seed)
+        try:
+            with torch.no_grad():
+                model(input_ids=tokens_for(small), use_cache=False)
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            continue
+        return model
+    raise InputError(f"unsupported: a small {config.model_type} does not run: {reason}")
 
 
 def random_model(config: Any, seed: int = 0) -> torch.nn.Module:
@@ -164,8 +183,3 @@ def tokens_for(config: Any, batch: int = 2, length: int = 17, seed: int = 1) -> 
     """Random token ids, (batch, length); padding and special tokens do not occur."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, config.get_text_config().vocab_size, (batch, length), generator=generator)
-
-
-def distinct(values: Sequence[float]) -> bool:
-    """Whether no two values are equal."""
-    return len(set(values)) == len(values)

@@ -45,9 +45,9 @@ def analyse_norm(
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     eps = next((float(getattr(module, name)) for name in _EPS_ATTRIBUTES if hasattr(module, name)), None)
     line = source_line(module, "rsqrt")
-    if eps is None:
-        raise InputError(f"unsupported: {type(module).__name__} at {where} ({line}) names no epsilon")
     inputs = torch.randn(_ROWS, *width, generator=torch.Generator().manual_seed(0))
+    if eps is None:
+        eps = _measured_eps(module, inputs)
     expected = [module(inputs), module(_TINY * inputs)]
     for kind in ("rms", "layer"):
         for offset in (0.0, 1.0) if weight is not None else (0.0,):
@@ -61,6 +61,18 @@ def analyse_norm(
     raise InputError(f"unsupported: {type(module).__name__} at {where} ({line}) is neither an RMS nor a layer norm")
 
 
+def _measured_eps(module: torch.nn.Module, inputs: torch.Tensor) -> float:
+    """Epsilon of a norm that does not name it, to two digits: what shrinks the output of a tiny input.
+
+    With s^2 the mean square, large / tiny output = sqrt((t^2 s^2 + eps) / (t^2 (s^2 + eps))) for an input scaled by t.
+    """
+    wide = inputs.double() - inputs.double().mean(-1, keepdim=True)
+    square = wide.pow(2).mean(-1, keepdim=True)
+    ratio = (module(inputs).double() / module(_TINY * inputs).double()).pow(2).median(-1, keepdim=True).values
+    found = float((_TINY**2 * square * (ratio - 1) / (1 - ratio * _TINY**2)).median())
+    return float(f"{found:.1e}")
+
+
 def _reference(
     x: torch.Tensor,
     kind: str,
@@ -72,8 +84,7 @@ def _reference(
 ) -> torch.Tensor:
     """The norm in FP32, rounded to the input's precision where `rounding` says."""
     if rounding == "native":
-        plain = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
-        return plain
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
     wide = x.float()
     if kind == "layer":
         wide = wide - wide.mean(-1, keepdim=True)
