@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...analyze.compare import ComparisonRequest, compare
+from ...analyze.localization.replays import SUFFIX
 from ...analyze.sites import Site
 from ...analyze.sql_library import run_sql
 from ...store.errors import InputError
@@ -22,12 +23,9 @@ from .injecting import Injecting, injecting_modules
 from .ledger import LeftOut, enter_ledger, left_out
 from .passes import prompts_of, replay_run
 from .recorder import Inputs, Replaying
-from .reductions import rounded_like, row_parallel
+from .reductions import parallel_linears, rounded_like
 from .self_check import check_reference, find_model
 from .values import MappedValues
-
-#: Suffix of the comparison that a replay makes.
-SUFFIX = ".replay"
 
 
 @dataclass(frozen=True)
@@ -191,8 +189,7 @@ def _replay_one(
     _remove_earlier(trace, run, compared.name)
     progress("load", 0, 1)
     model = load_model(replace(source, attention=like.provenance.get("attention")), parse_dtype(like.dtype))
-    ranks = request.tp or target.tp
-    split = row_parallel(compared.pairs, target) if role == "baseline" and ranks > 1 else ()
+    parts = parallel_linears(compared.pairs, target, request.tp or target.tp) if role == "baseline" else {}
     values = MappedValues(trace, compared.target, compared.pairs, compared.target_sites)
     replaying = Replaying(values, wanted)
     facts: dict[str, Any] = {
@@ -201,9 +198,9 @@ def _replay_one(
         "replayed_model_of": of,
         "checkpoint_fingerprint": like.provenance.get("checkpoint_fingerprint"),
         "attention": like.provenance.get("attention"),
-        "reductions": {"ranks": ranks, "modules": sorted(split)} if split else None,
+        "sums_rounded_in_parts": parts,
     }
-    with rounded_like(model, split, ranks):
+    with rounded_like(model, parts):
         replay_run(
             trace,
             model,

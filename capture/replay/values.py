@@ -84,8 +84,11 @@ class MappedValues:
         return self._placed(self._pairs.get(site, ()), own, layout)
 
     def input(self, site: Site, own: torch.Tensor, layout: StepLayout, *, main: bool) -> Given | None:
-        """See `ValueSource`; the argument of the same name counts, else the first one for the first one."""
-        for module in reversed(self._modules.get(site.module, ())):
+        """See `ValueSource`; the argument of the same name counts, else the first one for the first one.
+
+        Of several modules that hold the output the first counts: later ones pass it on.
+        """
+        for module in dict.fromkeys(self._modules.get(site.module, ())):
             known = [found for found in self._inputs.get(module, ()) if found.call == site.call]
             same = [found for found in known if found.slot == site.slot]
             first = [found for found in known if main and found.slot in MAIN_SLOTS and self._is_float(found)]
