@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .analyze.localization.localize import Localization
     from .analyze.logits import LogitReport
     from .capture.recorder import Recorder
+    from .capture.replay import ReplaySummary
     from .capture.selection import Selection
 
 
@@ -72,6 +74,14 @@ class Trace(StoredTrace):
         from .analyze.diagnosis import diagnose
 
         return diagnose(self, comparison)
+
+    def replay(
+        self, comparison: str, *, model: Path | None = None, modules: Sequence[str] = (), tp: int | None = None
+    ) -> ReplaySummary:
+        """Run the reference's modules on the target's own inputs and compare; see `capture.replay`."""
+        from .capture.replay import ReplayRequest, replay
+
+        return replay(self, ReplayRequest(comparison, model, tuple(modules), tp))
 
     def sql(self, statement: str) -> pa.Table:
         """Run one read-only SQL statement with the standard library; `.to_pandas()` works on the result."""
