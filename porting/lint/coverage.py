@@ -1,0 +1,280 @@
+"""Whether a port's conversion uses every key of a checkpoint once and fills every parameter of its model.
+
+The port's own model is built and its own conversion is run, on the meta device: names and shapes are real, there are no
+values, and a checkpoint of any size takes seconds. This runs the port file, and needs the sources of NxD Inference.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...capture.nxdi.application import CpuSettings, build_config
+from ...capture.nxdi.port import activate, load_class, parse_class
+from ...store.errors import InputError
+from .provenance import Provenance
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+#: Buffers that old checkpoints carry and every implementation computes.
+_COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn(ention)?\.bias|position_ids)$")
+#: Parameters that no checkpoint fills: caches, and rank numbers, which the loader counts.
+_NOT_LOADED = re.compile(r"(^|\.)(kv_mgr\.|.*rank_util\.rank$|.*spmd_rank(_tkg)?\.rank$|.*local_expert_indices$)")
+_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class CoverageProblem:
+    """One rule broken by a conversion.
+
+    Attributes:
+        rule: id of the rule, see `linter`.
+        message: what is wrong.
+        fix: what to do.
+    """
+
+    rule: str
+    message: str
+    fix: str
+
+
+def read_index(folder: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a checkpoint's safetensors files on the meta device: names, shapes and dtypes from their headers.
+
+    Raises:
+        InputError: there are none, a file of the index is missing, or a header cannot be read.
+    """
+    index = folder / "model.safetensors.index.json"
+    files = sorted(folder.glob("*.safetensors"))
+    if index.is_file():
+        try:
+            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, AttributeError) as error:
+            raise InputError(f"{index} is no safetensors index: {error}") from error
+    if not files:
+        raise InputError(f"{folder} holds no safetensors files; name the folder of the Hugging Face checkpoint")
+    weights: dict[str, torch.Tensor] = {}
+    for file in files:
+        for name, entry in _header(file).items():
+            if name != "__metadata__":
+                weights[name] = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
+    return weights
+
+
+def _header(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header: dict[str, Any] = json.loads(stream.read(length))
+    except (OSError, struct.error, ValueError) as error:
+        raise InputError(f"{file} is not a readable safetensors file: {error}") from error
+    return header
+
+
+def check_coverage(port: str, checkpoint: Path, *, config: str = "", tp: int = 1) -> list[CoverageProblem]:
+    """Build a port's model and run its conversion, both without values, and compare names and shapes.
+
+    Args:
+        port: the causal model class as FILE:CLASS.
+        checkpoint: folder of the Hugging Face checkpoint.
+        config: its configuration class as FILE:CLASS; the one that the port names by default.
+        tp: tensor-parallel degree that the conversion is told.
+
+    Raises:
+        InputError: the sources of NxD Inference, the port's class or the checkpoint cannot be read.
+    """
+    weights = read_index(checkpoint)
+    activate()
+    model_class = load_class(parse_class(port))
+    config_class = load_class(parse_class(config)) if config else model_class.get_config_cls()
+    settings = CpuSettings(torch.bfloat16, 1, 1, _LENGTH)
+    configuration = build_config(model_class, config_class, checkpoint, settings)
+    with tempfile.TemporaryDirectory(prefix="sleuth-lint-") as scratch, _ProcessGroup(Path(scratch)):
+        try:
+            model = _build(model_class, configuration)
+            configuration.neuron_config.tp_degree = tp
+            state, provenance = _convert(model_class, configuration, model, checkpoint, weights)
+            expected = model.state_dict()
+        except InputError:
+            raise
+        except Exception as error:  # noqa: BLE001 (any failure of the port's code is the finding)
+            return [_failure(error)]
+    tied = bool(getattr(configuration, "tie_word_embeddings", False))
+    return _compare(expected, state, weights, provenance, tied=tied)
+
+
+def _failure(error: Exception) -> CoverageProblem:
+    text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if "meta" in text.lower():
+        advice = "run 'sleuth port validate' on a CPU: it loads the weights and names those that do not fit"
+        return CoverageProblem("conversion-needs-values", f"the conversion needs the weights' values ({text})", advice)
+    return CoverageProblem("conversion-fails", text, "correct the conversion, or the model class")
+
+
+class _ProcessGroup:
+    """A process group of this one process, for as long as the model is built."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch, self._own = scratch, False
+
+    def __enter__(self) -> None:
+        from neuronx_distributed.parallel_layers import parallel_state
+
+        if not torch.distributed.is_initialized():
+            store = f"file://{self._scratch / 'rendezvous'}"
+            torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+            self._own = True
+        if not parallel_state.model_parallel_is_initialized():
+            parallel_state.initialize_model_parallel(tensor_model_parallel_size=1, skip_collective_init=True)
+
+    def __exit__(self, *error: object) -> None:
+        if self._own:
+            from neuronx_distributed.parallel_layers import parallel_state
+
+            parallel_state.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
+
+
+def _build(model_class: Any, configuration: Any) -> torch.nn.Module:
+    """The model on the meta device."""
+    import os
+
+    os.environ["NXD_CPU_MODE"] = "1"
+    with Provenance({}), torch.device("meta"):
+        model: torch.nn.Module = model_class._model_cls(configuration)
+    return model
+
+
+def _convert(
+    model_class: Any, configuration: Any, model: torch.nn.Module, checkpoint: Path, weights: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], Provenance]:
+    """The port's converted checkpoint, with preshard hooks applied, and where its tensors come from."""
+    from neuronx_distributed.trace import trace
+    from neuronx_distributed_inference.models import application_base
+
+    provenance = Provenance(weights)
+    own_loader = application_base.load_state_dict
+    application_base.load_state_dict = lambda *_, **__: dict(weights)
+    try:
+        with provenance, torch.device("meta"):
+            state = model_class.get_state_dict(str(checkpoint), configuration)
+            trace.invoke_preshard_hook(model, state, "")
+    finally:
+        application_base.load_state_dict = own_loader
+    return {name: weight for name, weight in state.items() if isinstance(weight, torch.Tensor)}, provenance
+
+
+def _compare(
+    expected: Mapping[str, torch.Tensor],
+    state: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
+    provenance: Provenance,
+    *,
+    tied: bool,
+) -> list[CoverageProblem]:
+    problems = []
+    missing = [name for name in expected if name not in state and not _NOT_LOADED.search(name)]
+    for pattern, names in _grouped(missing).items():
+        problems.append(
+            CoverageProblem(
+                "unfilled-parameter",
+                f"{pattern} ({_count(names)}) is not in the converted checkpoint",
+                "add it in convert_hf_to_neuron_state_dict; a missing weight is loaded as it was initialised, silently",
+            )
+        )
+    used: defaultdict[str, list[str]] = defaultdict(list)
+    for name in expected:
+        for key in provenance.sources(state[name]) if name in state else ():
+            used[key].append(name)
+    lost = [
+        key
+        for key in weights
+        if key not in used and not _COMPUTED.search(key) and not (tied and key.startswith("lm_head"))
+    ]
+    for pattern, names in _grouped(lost).items():
+        problems.append(
+            CoverageProblem(
+                "unconsumed-key",
+                f"checkpoint key {pattern} ({_count(names)}) fills no parameter of the model",
+                "rename it in convert_hf_to_neuron_state_dict, or give the model the module it belongs to",
+            )
+        )
+    problems += _shapes(expected, state)
+    problems += _doubled(expected, weights, used, state, tied=tied)
+    return problems
+
+
+def _shapes(expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[CoverageProblem]:
+    wrong = [
+        name
+        for name, parameter in expected.items()
+        if name in state and not _NOT_LOADED.search(name) and state[name].shape != parameter.shape
+    ]
+    return [
+        CoverageProblem(
+            "weight-shape",
+            f"{pattern} ({_count(names)}) gets {list(state[names[0]].shape)}, "
+            f"its parameter is {list(expected[names[0]].shape)}",
+            "transpose, split or join the weight in the conversion, or size the module by the configuration",
+        )
+        for pattern, names in _grouped(wrong).items()
+    ]
+
+
+def _doubled(
+    expected: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
+    used: Mapping[str, list[str]],
+    state: Mapping[str, torch.Tensor],
+    *,
+    tied: bool,
+) -> list[CoverageProblem]:
+    """Keys that fill more parameters than they have values for."""
+    doubled: dict[str, tuple[str, ...]] = {}
+    for key, names in used.items():
+        if len(names) < 2 or (tied and any(name.startswith("lm_head") for name in names)):
+            continue
+        alone = [name for name in names if state[name].numel() >= weights[key].numel() and expected[name].dim()]
+        if len(alone) > 1:
+            doubled[key] = tuple(alone)
+    return [
+        CoverageProblem(
+            "key-used-twice",
+            f"checkpoint key {pattern} ({_count(keys)}) fills {' and '.join(doubled[keys[0]][:3])}",
+            "give each parameter the weight of its own name",
+        )
+        for pattern, keys in _grouped(list(doubled)).items()
+    ]
+
+
+def _grouped(names: list[str]) -> dict[str, list[str]]:
+    """Names by their pattern with numbers taken out."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), []).append(name)
+    return groups
+
+
+def _count(names: list[str]) -> str:
+    return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"

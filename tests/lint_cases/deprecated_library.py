@@ -1,0 +1,3 @@
+"""The library that NxD Inference replaced."""
+
+from transformers_neuronx import LlamaForSampling  # <- deprecated-library
