@@ -32,6 +32,8 @@ short decimals, so that they can be named in a query.
 PROBABILITIES.setflags(write=False)
 
 _CENTRE = (PROBABILITIES >= 0.01) & (PROBABILITIES <= 0.99)
+#: A normal variable is below -0.9945 sigma with probability 0.16.
+_MIDDLE, _MIDDLE_SIGMAS = 0.16, 0.994458
 _PAIRS = np.triu_indices(int(_CENTRE.sum()), 1)
 
 
@@ -68,7 +70,7 @@ class QQ:
     """How the target's error distribution differs from the baseline's; all numbers are dimensionless.
 
     slope, intercept: the robust line through the QQ plot (see `qq_numbers`); 1 and 0 for equal distributions.
-    w1: Wasserstein-1 distance over the standard deviation of the baseline's error.
+    w1: Wasserstein-1 distance over the scale of the baseline's error (see `middle_scale`).
     ks: Kolmogorov-Smirnov distance.
     """
 
@@ -84,14 +86,17 @@ def qq_numbers(baseline: FloatArray, target: FloatArray, baseline_std: float) ->
     - slope: Theil-Sen (Sen, "Estimates of the Regression Coefficient Based on Kendall's Tau", 1968): the median
       of (T_j - T_i) / (B_j - B_i) over all pairs i < j of the whole percents 1..99 with B_i != B_j. The tails are
       left out: the slope is the ratio of scales of the bulk, whatever the outliers do. NaN when all B are equal.
-    - intercept: median over the same percents of T - slope * B, in units of `baseline_std`.
-    - w1: the trapezoid of |T(p) - B(p)| over the whole grid, over `baseline_std`.
+    - intercept: median over the same percents of T - slope * B, in units of the baseline's scale.
+    - w1: the trapezoid of |T(p) - B(p)| over the whole grid, over the same scale.
     - ks: see `kolmogorov_smirnov`.
 
-    A zero `baseline_std` gives inf (NaN for 0 / 0).
+    The scale is `middle_scale`, or `baseline_std` where that is zero (most errors are exactly equal): one outlier of
+    1000 standard deviations among 1024 errors would raise the standard deviation, and with it hide a threefold
+    inflation of all the others. A zero scale gives inf (NaN for 0 / 0).
     """
     if np.isnan(baseline).any() or np.isnan(target).any():
         return QQ(np.nan, np.nan, np.nan, np.nan)
+    scale = middle_scale(baseline) or baseline_std
     b, t = baseline[_CENTRE], target[_CENTRE]
     first, second = _PAIRS
     run = b[second] - b[first]
@@ -101,10 +106,14 @@ def qq_numbers(baseline: FloatArray, target: FloatArray, baseline_std: float) ->
         rise = t[second] - t[first]
         with np.errstate(over="ignore", invalid="ignore"):  # a slope beyond float64 is inf, its intercept NaN
             slope = float(np.median(rise[distinct] / run[distinct]))
-            intercept = ratio(float(np.median(t - slope * b)), baseline_std)
-    return QQ(
-        slope, intercept, ratio(wasserstein(baseline, target), baseline_std), kolmogorov_smirnov(baseline, target)
-    )
+            intercept = ratio(float(np.median(t - slope * b)), scale)
+    return QQ(slope, intercept, ratio(wasserstein(baseline, target), scale), kolmogorov_smirnov(baseline, target))
+
+
+def middle_scale(quantiles: FloatArray) -> float:
+    """Half the distance of the 16th from the 84th percentile, over 0.9945: the sigma of a normal with that middle."""
+    low, high = np.searchsorted(PROBABILITIES, [_MIDDLE, 1.0 - _MIDDLE])
+    return float(quantiles[high] - quantiles[low]) / (2 * _MIDDLE_SIGMAS)
 
 
 def wasserstein(a: FloatArray, b: FloatArray) -> float:
