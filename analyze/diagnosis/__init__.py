@@ -6,7 +6,8 @@ down to the noise and no rival does as well; else the cause is `unknown`. The la
 ...) count only where their correct form recomputes the reference.
 """
 
+from .causes import causes
 from .examination import diagnose
 from .finding import Finding
 
-__all__ = ["Finding", "diagnose"]
+__all__ = ["Finding", "causes", "diagnose"]

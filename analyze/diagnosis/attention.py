@@ -107,7 +107,6 @@ def _shape(scene: Scene, query: SiteInfo, key: SiteInfo, rotary: tuple[Site, Sit
 
 
 def _sequences(source: Attended, view: View) -> list[law.Sequence] | None:
-    scene = view.scene
     query = view.rows(source.query)
     key, value = view.sequences(source.key), view.sequences(source.value)
     if query is None or key is None or value is None:
@@ -117,11 +116,11 @@ def _sequences(source: Attended, view: View) -> list[law.Sequence] | None:
         cos, sin = view.sequences(source.rotary[0]), view.sequences(source.rotary[1])
         if cos is None or sin is None:
             return None
-    lengths = {p.prompt: p.n_tokens for p in scene.runs.trace.manifest(scene.runs.reference).prompts}
+    lengths = {p.prompt: p.n_tokens for p in view.scene.runs.trace.manifest(view.scene.runs.reference).prompts}
     found = []
     for prompt in key:
-        span = scene.rows.of_prompt(prompt)
-        positions = scene.positions[span]
+        span = view.tokens.of_prompt(prompt)
+        positions = view.tokens.positions[span]
         last = int(positions.max()) + 1
         found.append(
             law.Sequence(

@@ -8,6 +8,7 @@ from typing import Any
 from ...store.progress import Progress, no_progress
 from ...store.trace import Trace
 from . import activations, factors, linear, norms, places, residual, rotary, whole
+from .causes import entry_of
 from .finding import Finding, keep
 from .hypothesis import INHERITED, Family, Prediction, Scored, score
 from .origins import Origin, origins
@@ -130,5 +131,5 @@ def _finding(runs: ComparedRuns, origin: Origin, rank: int, decision: Decision, 
         remedy = "look at what this site is computed from: the error came in with it"
     return Finding(
         rank, origin.site, origin.target_site, origin.phase, decision.cause, decision.confidence, summary, remedy,
-        prediction.cause.replace("_", "-"), evidence, command,
+        entry_of(decision.cause), evidence, command,
     )  # fmt: skip

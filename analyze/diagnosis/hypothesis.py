@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from .causes import CAUSES
 from .runs import FloatArray
 from .scene import Scene
 
@@ -39,6 +40,10 @@ class Prediction:
     level: int = LAW
     fitted: int = 0
     parameters: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.cause not in CAUSES:
+            raise ValueError(f"{self.cause!r} is not one of the causes in causes.py")
 
 
 class Family(Protocol):

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from ..sites import Site, SiteInfo
-from .runs import FloatArray
+from .runs import FloatArray, IntArray
 from .scene import REFERENCE, TARGET, Scene, View
 
 #: Earlier sites of the right width that are tried, and rows on which.
@@ -102,9 +102,9 @@ def earlier(scene: Scene, width: int | None = None) -> list[SiteInfo]:
     return list(found.values())
 
 
-def sources(scene: Scene, width: int, *, sums: bool) -> Iterator[SiteSum]:
-    """What an input of this width may be: recorded inputs, then earlier outputs, then sums of two of them."""
-    for info in scene.runs.sites.values():
+def sources(scene: Scene, width: int, *, sums: bool, own: bool = True) -> Iterator[SiteSum]:
+    """What an input of this width may be: recorded inputs (with `own`), earlier outputs, then sums of two of them."""
+    for info in scene.runs.sites.values() if own else ():
         if info.site.port == "input" and info.site.module == scene.site.module and info.features == width:
             yield SiteSum((info.site,))
     near = earlier(scene, width)[:_CANDIDATES]
@@ -123,21 +123,22 @@ def find_source(
         candidates: what to try.
         recompute: the law, from input rows to output rows.
     """
-    view = scene.view(REFERENCE)
+    view, rows = scene.view(REFERENCE), _spread(len(scene.reference))
     for source in candidates:
         values = source.rows(view)
-        if values is None:
-            continue
-        rows = slice(0, _ROWS)
-        computed = recompute(values[rows])
-        if computed is not None and agrees(scene, computed, rows):
+        computed = None if values is None else recompute(values[rows])
+        if computed is not None and agrees(scene, computed, scene.reference[rows]):
             return source
     return None
 
 
-def agrees(scene: Scene, computed: FloatArray, rows: slice | Any = slice(None)) -> bool:
+def _spread(n: int) -> IntArray:
+    """Some rows out of n, evenly."""
+    return np.unique(np.linspace(0, n - 1, min(n, _ROWS)).astype(np.int64))
+
+
+def agrees(scene: Scene, computed: FloatArray, expected: FloatArray) -> bool:
     """Whether recomputed values are the reference's, to well within the noise."""
-    expected = scene.reference[rows]
     if computed.shape != expected.shape or not np.isfinite(computed).all():
         return False
     error = float(np.linalg.norm(computed - expected)) / max(float(np.linalg.norm(expected)), 1e-300)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 
 import ml_dtypes
 import numpy as np
@@ -14,12 +15,13 @@ from .gated import gated_sources
 from .hypothesis import DESCRIPTION, INHERITED, Prediction
 from .inputs import Source, agrees, best_view, earlier, find_source, sources
 from .runs import FloatArray
-from .scene import REFERENCE, Scene
+from .scene import Scene
 
 #: Tokens per input feature from which on a weight may be estimated from the reference's inputs and outputs.
-_TOKENS_PER_FEATURE = 1.4
+_TOKENS_PER_FEATURE = 1.05
 #: Rows held back from an estimate, to check it.
 _HELD_BACK = 8
+_NOT_LINEAR = ("norm", "embed", "rotary", "act", "dropout")
 _PARTS = (2, 4, 8, 16, 32, 64)
 #: Largest finite value of 8-bit floats and integers; Trainium's E4M3 ends at 240.
 _QUANTISED = {
@@ -47,75 +49,83 @@ class Linear:
 
 
 def linear(scene: Scene) -> Iterator[Prediction]:
-    """Every way in which a projection goes wrong."""
-    found = find_linear(scene)
-    if found is None:
+    """Every way in which a projection, or what is recorded as its input, goes wrong."""
+    law: Linear | None
+    if scene.site.port == "input":
+        law, source = None, find_source(scene, _composed(scene), lambda x: x)
+    else:
+        law, source = find_linear(scene) or (None, None)
+    if source is None:
         return
-    law, source = found
     view = best_view(scene, [source])
     x = source.rows(view)
     if x is None:
         return
-    yield Prediction(INHERITED, law(x), "the projection is right; its input is not", "")
-    yield from _parts(scene, law, x)
-    yield from _weights(scene, law, x)
-    yield from _quantised(scene, law, x)
+    right = "the projection is right; its input is not" if law else f"it is {source.name}; that is what is wrong"
+    yield Prediction(INHERITED, law(x) if law else x, right, "")
+    if law is not None:
+        yield from _parts(scene, law, x)
+        yield from _weights(scene, law, x)
+        yield from _quantised(scene, law, x)
     for variant in source.variants(view):
         if variant.rows.shape == x.shape:
-            yield Prediction(
-                variant.cause, law(variant.rows), variant.summary, variant.remedy, parameters=variant.parameters
-            )
+            values = law(variant.rows) if law else variant.rows
+            yield Prediction(variant.cause, values, variant.summary, variant.remedy, parameters=variant.parameters)
+
+
+def _composed(scene: Scene) -> list[Source]:
+    """What a projection may be given: attention, a gated product, an earlier output."""
+    return [*attention_sources(scene), *gated_sources(scene), *sources(scene, scene.features, sums=False, own=False)]
 
 
 def find_linear(scene: Scene) -> tuple[Linear, Source] | None:
     """The linear map that the reference computes here, and from what; None when nothing reproduces it."""
-    if scene.site.port != "output":
+    module = scene.site.module
+    if scene.site.port != "output" or any(word in module.rpartition(".")[2].lower() for word in _NOT_LINEAR):
         return None
-    weight = scene.runs.parameters.get((scene.site.module, "weight"))
-    bias = scene.runs.parameters.get((scene.site.module, "bias"))
-    inputs: list[Source] = [*attention_sources(scene), *gated_sources(scene)]
+    weight, bias = scene.runs.parameters.get((module, "weight")), scene.runs.parameters.get((module, "bias"))
+    composed: list[Source] = [*attention_sources(scene), *gated_sources(scene)]
     if weight is not None and weight.ndim == 2:
         for oriented in (weight, weight.T):  # Conv1D of GPT-2 keeps [in, out]
             if oriented.shape[0] == scene.features:
                 law = Linear(oriented, bias, stored=True)
-                candidates = [*inputs, *sources(scene, oriented.shape[1], sums=False)]
+                candidates = [*sources(scene, oriented.shape[1], sums=False), *composed]
                 source = find_source(scene, candidates, partial(_apply, law))
                 if source is not None:
                     return law, source
         return None
-    return _estimate(scene, bias, inputs)
+    inputs = [info for info in scene.runs.sites.values() if info.site.port == "input" and info.site.module == module]
+    near = [] if inputs else earlier(scene)[:6]
+    widths = {info.features for info in (*inputs, *near) if info.features}
+    plain = [source for width in sorted(widths) for source in islice(sources(scene, width, sums=False), 3)]
+    view, outputs = scene.everywhere
+    for source in (*plain, *composed):
+        x = source.rows(view)
+        weight = None if x is None else estimate(scene, x, outputs if bias is None else outputs - bias)
+        if weight is not None:
+            return Linear(weight, bias, stored=False), source
+    return None
 
 
 def _apply(law: Linear, x: FloatArray) -> FloatArray | None:
     return law(x) if x.shape[1] == law.weight.shape[1] else None
 
 
-def _estimate(scene: Scene, bias: FloatArray | None, inputs: list[Source]) -> tuple[Linear, Source] | None:
-    """A weight fitted to the reference's input and output, believed if it predicts rows that it was not fitted to."""
-    name = scene.site.module.rpartition(".")[2].lower()
-    if any(word in name for word in ("norm", "embed", "rotary", "act")):
+def estimate(scene: Scene, x: FloatArray, y: FloatArray) -> FloatArray | None:
+    """A weight from the reference's inputs and outputs, `[out, in]`, if it predicts tokens it was not fitted to.
+
+    Equal rows count once: early layers see as few different tokens as the prompts have. None when there are too few
+    rows or when y is no linear function of x.
+    """
+    if len(x) < _TOKENS_PER_FEATURE * x.shape[1] + _HELD_BACK:
         return None
-    view, n = scene.view(REFERENCE), len(scene.reference)
-    widths = {info.features for info in earlier(scene)[:6] if info.features}
-    plain = [source for width in widths for source in list(sources(scene, width, sums=False))[:3]]
-    wanted = scene.reference if bias is None else scene.reference - bias
-    for source in (*inputs, *plain):
-        x = source.rows(view)
-        if x is None or n < _TOKENS_PER_FEATURE * x.shape[1] + _HELD_BACK:
-            continue
-        _, first = np.unique(x, axis=0, return_index=True)  # early layers see few different tokens
-        if len(first) < _TOKENS_PER_FEATURE * x.shape[1] + _HELD_BACK:
-            continue
-        held = np.zeros(n, bool)
-        held[first[:: max(len(first) // _HELD_BACK, 1)]] = True
-        fitted = np.zeros(n, bool)
-        fitted[first] = True
-        fitted &= ~held
-        solution, _, _, _ = np.linalg.lstsq(x[fitted], wanted[fitted], rcond=1e-10)
-        law = Linear(np.asarray(solution.T), bias, stored=False)
-        if agrees(scene, law(x[held]), held):
-            return law, source
-    return None
+    _, first = np.unique(x, axis=0, return_index=True)
+    if len(first) < _TOKENS_PER_FEATURE * x.shape[1] + _HELD_BACK:
+        return None
+    held = first[:: max(len(first) // _HELD_BACK, 1)]
+    fitted = np.setdiff1d(first, held)
+    solution, _, _, _ = np.linalg.lstsq(x[fitted], y[fitted], rcond=1e-12)
+    return np.asarray(solution.T) if agrees(scene, x[held] @ solution, y[held]) else None
 
 
 def _parts(scene: Scene, law: Linear, x: FloatArray) -> Iterator[Prediction]:
@@ -147,12 +157,8 @@ def _weights(scene: Scene, law: Linear, x: FloatArray) -> Iterator[Prediction]:
             "the weight is transposed",
             "transpose this weight while converting the checkpoint",
         )
-    if not law.stored:
-        return
     parent, _, leaf = scene.site.module.rpartition(".")
-    for (module, name), weight in scene.runs.parameters.items():
-        if name != "weight" or module == scene.site.module or weight.shape != law.weight.shape:
-            continue
+    for module, weight in _others(scene, law):
         sibling = module.rpartition(".")[0] == parent
         yield Prediction(
             "exchanged_projections" if sibling else "another_weight",
@@ -163,6 +169,28 @@ def _weights(scene: Scene, law: Linear, x: FloatArray) -> Iterator[Prediction]:
             else "check names and layer numbers in the checkpoint conversion",
             parameters={"weight_of": module},
         )
+
+
+def _others(scene: Scene, law: Linear) -> Iterator[tuple[str, FloatArray]]:
+    """Weights of the same shape: stored ones, or estimated ones of the same module in other layers."""
+    if law.stored:
+        for (module, name), weight in scene.runs.parameters.items():
+            if name == "weight" and module != scene.site.module and weight.shape == law.weight.shape:
+                yield module, weight
+        return
+    leaf = scene.site.module.rpartition(".")[2]
+    view, _ = scene.everywhere
+    for name, info in scene.runs.sites.items():
+        module = info.site.module
+        inputs = scene.runs.sites.get(f"{module}:input") or scene.runs.sites.get(f"{module}:input[0]")
+        if name != module or module.rpartition(".")[2] != leaf or module == scene.site.module or inputs is None:
+            continue
+        x, y = view.rows(inputs.site), view.rows(info.site)
+        if x is None or y is None or (y.shape[1], x.shape[1]) != law.weight.shape:
+            continue
+        estimated = estimate(scene, x, y)
+        if estimated is not None:
+            yield module, estimated
 
 
 def _quantised(scene: Scene, law: Linear, x: FloatArray) -> Iterator[Prediction]:

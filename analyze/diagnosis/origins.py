@@ -1,17 +1,15 @@
-"""Where diagnosis starts: sites at which error comes in."""
+"""Where diagnosis starts: the suspects that inject error of their own."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from ...store.trace import Trace
+from ..localization.suspects import INHERITED, suspects
 
-_FIRST = """
-SELECT site, target_site, phase, r_ratio, state, exec_order, measurement
-FROM measurements WHERE comparison = ? AND prompt IS NULL AND verdict = 'fail'
-QUALIFY row_number() OVER (PARTITION BY phase ORDER BY exec_order, measurement) = 1
-ORDER BY CASE phase WHEN 'prefill' THEN 0 WHEN 'decode' THEN 1 ELSE 2 END
-"""
+#: Suspects that are examined; what comes after them has been explained by none.
+_MOST = 12
+_STATES = "SELECT measurement, state FROM measurements WHERE comparison = ? AND prompt IS NULL"
 
 
 @dataclass(frozen=True)
@@ -23,15 +21,18 @@ class Origin:
     phase: str
     r_ratio: float | None
     state: str
-    exec_order: int
+    reason: str
 
 
 def origins(trace: Trace, comparison: str) -> list[Origin]:
-    """The first failing site of every phase; of a later phase only if it comes before that of the earlier one."""
-    found: list[Origin] = []
-    for row in trace.query(_FIRST, [comparison]).to_pylist():
-        if not found or row["exec_order"] < found[0].exec_order:
-            found.append(
-                Origin(row["site"], row["target_site"], row["phase"], row["r_ratio"], row["state"], row["exec_order"])
-            )
-    return found
+    """The suspects of a comparison, without those that only pass on what they are given.
+
+    Raises:
+        InputError: there is no such comparison.
+    """
+    states = {row["measurement"]: row["state"] for row in trace.query(_STATES, [comparison]).to_pylist()}
+    return [
+        Origin(one.site, one.target_site, one.phase, one.r_ratio, states[one.measurement], one.reason)
+        for one in suspects(trace, comparison)
+        if one.kind != INHERITED
+    ][:_MOST]

@@ -115,7 +115,7 @@ def other_site(scene: Scene) -> Iterator[Prediction]:
         module = near[name].site.module
         where = "sibling" if name in siblings else "layer" if layer else "module"
         yield Prediction(
-            "exchanged_projections" if name in siblings else "another_layer",
+            "exchanged_projections" if name in siblings else "another_weight",
             values,
             f"the target holds the values of {name}",
             f"{leaf} and {module.rpartition('.')[2]} are exchanged: check the names in the checkpoint conversion, "

@@ -11,9 +11,9 @@ from .scene import Scene
 
 def residual(scene: Scene) -> Iterator[Prediction]:
     """A container's output that is the sum of two sites, with one of them missing or counted twice."""
-    if (scene.site.module, "weight") in scene.runs.parameters:
+    if scene.site.port == "output" and (scene.site.module, "weight") in scene.runs.parameters:
         return
-    pairs = (source for source in sources(scene, scene.features, sums=True) if len(source.sites) == 2)
+    pairs = (source for source in sources(scene, scene.features, sums=True, own=False) if len(source.sites) == 2)
     source = find_source(scene, pairs, lambda x: x)
     if source is None:
         return

@@ -122,7 +122,7 @@ def _law(scene: Scene, sine: bool) -> Rotary | None:
     for layout, dim in ((_HALF, scene.features), (_PAIRS, scene.features), (_ONCE, 2 * scene.features)):
         for multiplier in dict.fromkeys((config.attention_factor or 1.0, 1.0)):
             law = Rotary(dim, base, rope, multiplier, layout)
-            if agrees(scene, law(scene.positions.astype(np.float64), sine)):
+            if agrees(scene, law(scene.positions.astype(np.float64), sine), scene.reference):
                 return law
     return None
 

@@ -81,7 +81,15 @@ class Scene:
 
     def view(self, side: str) -> View:
         """The values around the suspect, of one side."""
-        return View(self, side)
+        return View(self, side, self.rows)
+
+    @cached_property
+    def everywhere(self) -> tuple[View, FloatArray]:
+        """The reference alone on all positions of the scene's prompts, in all phases, and its values of the suspect."""
+        rows = self.around(self.site, REFERENCE)
+        if rows is None or not np.isfinite(rows.reference).all():
+            return self.view(REFERENCE), self.reference
+        return View(self, REFERENCE, rows), rows.reference
 
     def around(self, site: Site, side: str) -> Rows | None:
         """Values of another site on every position of the scene's prompts, None when that side lacks it."""
@@ -101,16 +109,16 @@ class Scene:
 class View:
     """Values around a suspect from one side: the reference's, or the target's where it has the site."""
 
-    def __init__(self, scene: Scene, side: str) -> None:
-        """`side` is `reference` or `target`."""
-        self.scene, self.side = scene, side
+    def __init__(self, scene: Scene, side: str, tokens: Rows) -> None:
+        """`side` is `reference` or `target`; `tokens` are those whose values are wanted."""
+        self.scene, self.side, self.tokens = scene, side, tokens
 
     def rows(self, site: Site) -> FloatArray | None:
-        """Values of a site on the scene's tokens, `[tokens, features]`; None when any token lacks them."""
+        """Values of a site on the view's tokens, `[tokens, features]`; None when any token lacks them."""
         found = self.scene.around(site, self.side)
         if found is None:
             return None
-        at = _find(found, self.scene.rows)
+        at = _find(found, self.tokens)
         values = found.reference if self.side == REFERENCE else found.target
         return None if at is None or values is None or not np.isfinite(values[at]).all() else values[at]
 
@@ -121,10 +129,10 @@ class View:
         if found is None or values is None:
             return None
         sequences = {}
-        for prompt in np.unique(self.scene.rows.prompts):
+        for prompt in np.unique(self.tokens.prompts):
             span = found.of_prompt(int(prompt))
             positions = found.positions[span]
-            last = int(self.scene.positions[self.scene.rows.of_prompt(int(prompt))].max(initial=-1))
+            last = int(self.tokens.positions[self.tokens.of_prompt(int(prompt))].max(initial=-1))
             if len(positions) <= last or positions[0] != 0 or positions[last] != last:
                 return None
             sequences[int(prompt)] = values[span]
