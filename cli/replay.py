@@ -32,6 +32,10 @@ def replay(
     tp: Annotated[
         int | None, typer.Option(min=1, help="Ranks over which the target sums; as the run says by default.")
     ] = None,
+    random: Annotated[
+        bool, typer.Option("--random", help="Random inputs instead; needs a target made by 'sleuth capture hf'.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
     mapping: MappingFile = None,
     json: Json = False,
 ) -> None:
@@ -40,7 +44,7 @@ def replay(
     from ..capture.replay import replay as replay_comparison
 
     opened = Trace.open(trace)
-    request = ReplayRequest(comparison, model, tuple(modules or ()), tp, mapping)
+    request = ReplayRequest(comparison, model, tuple(modules or ()), tp, mapping, seed if random else None)
     with progress("replay") as update:
         summary = replay_comparison(opened, request, progress=update)
     if json:

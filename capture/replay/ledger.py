@@ -55,16 +55,14 @@ def left_out(
             trouble = inputs[site.module].trouble if site.module in inputs else "the module was not called"
             status, reason = SKIPPED if trouble.startswith("its input is tokens") else UNMATCHED, trouble
         elif site in paired:
-            status, reason = SKIPPED, "its rows are not token positions: how many there are depends on the step"
+            status, reason = SKIPPED, "its size depends on how positions were divided into steps"
         else:
             status, reason = UNMATCHED, "the comparison did not pair it"
         found.append(LeftOut(site.name, info.exec_order, status, reason))
     return found
 
 
-def enter_ledger(
-    trace: Trace, summary: ComparisonSummary, missing: Sequence[LeftOut], inputs: Mapping[str, Inputs]
-) -> tuple[str, tuple[str, ...]]:
+def enter_ledger(trace: Trace, summary: ComparisonSummary, missing: Sequence[LeftOut]) -> tuple[str, tuple[str, ...]]:
     """Add what was left out to the coverage of a replay's comparison.
 
     Returns:

@@ -24,6 +24,7 @@ from ..recorder import Recorder, TensorSink
 from ..selection import Selection
 from ..slots import tensor_slots, with_tensors
 from .origins import Origin, OriginTracker
+from .random_inputs import RANDOM
 from .values import Given, ValueSource
 
 #: Arguments that say which tokens and positions are computed, not what they hold.
@@ -52,7 +53,7 @@ class Inputs:
         """In words."""
         parts = []
         if self.captured:
-            parts.append("captured")
+            parts.append(RANDOM if RANDOM in self.captured else "captured")
         sites = _listed(self.computed.sites)
         if self.computed.code:
             parts.append(f"computed by {_listed(self.computed.code)} from {sites or 'nothing captured'}")

@@ -22,10 +22,14 @@ from .compared import Compared, read_comparison
 from .injecting import Injecting, injecting_modules
 from .ledger import LeftOut, enter_ledger, left_out
 from .passes import prompts_of, replay_run
+from .random_inputs import RandomInputs
 from .recorder import Inputs, Replaying
 from .reductions import parallel_linears, rounded_like
 from .self_check import check_reference, find_model
-from .values import MappedValues
+from .values import MappedValues, ValueSource
+
+#: Suffix of the comparison that a component test on random inputs makes.
+RANDOM_SUFFIX = ".random"
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class ReplayRequest:
         modules: globs over the reference's module paths; all by default.
         tp: ranks over which the target sums row-parallel projections; the target's own by default.
         mapping: the component_mapping.json that the comparison used, if it used one.
+        random: seed of random inputs in place of the target's; the target's modules are run on them too.
     """
 
     comparison: str
@@ -45,16 +50,17 @@ class ReplayRequest:
     modules: tuple[str, ...] = ()
     tp: int | None = None
     mapping: Path | None = None
+    random: int | None = None
 
 
 @dataclass(frozen=True)
 class ReplaySummary:
-    """Outcome of a replay; everything else is in the catalog under the comparison `<C>.replay`.
+    """Outcome of a replay; everything else is in the catalog under the comparison `<C>.replay` or `<C>.random`.
 
     Attributes:
         comparison: its name.
         replay_of: the comparison that was replayed.
-        reference, baseline, target: the runs that it compared; the first two are the replays.
+        reference, baseline, target: the runs that it compared; the first two are replays, with random inputs all are.
         verdict: `fail` if a module adds error of its own.
         reasons: why it is not `pass`.
         injecting: modules that add error of their own, the innermost failing ones, in dataflow order.
@@ -78,12 +84,34 @@ class ReplaySummary:
     self_check: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class _Cast:
+    """One run of a replay: a model, what it runs on, which of its sites are recorded.
+
+    Attributes:
+        role: its role in the comparison.
+        of: the run whose model, dtype and attention it has.
+        source: where that model is.
+        values: the inputs.
+        wanted: sites to record.
+        run: name of the run.
+    """
+
+    role: str
+    of: RunManifest
+    source: ModelSource
+    values: ValueSource
+    wanted: frozenset[Site]
+    run: str
+
+
 def replay(trace: Trace, request: ReplayRequest, *, progress: Progress = no_progress) -> ReplaySummary:
     """Replay the reference's modules on the values of a comparison's target, and compare.
 
     Makes the runs `<C>.replay-<dtype>`, replacing those of an earlier replay, and the comparison `<C>.replay`. R of its
     measurements is R_local: the error that a module adds on the target's own input, over what the reference's module
-    adds there in the baseline's precision.
+    adds there in the baseline's precision. With random inputs the target's modules are run as well, and all is named
+    `<C>.random`.
 
     Raises:
         TraceNotFoundError: there is no such comparison.
@@ -91,51 +119,36 @@ def replay(trace: Trace, request: ReplayRequest, *, progress: Progress = no_prog
     """
     quiet_transformers()
     compared = read_comparison(trace, request.comparison)
-    if compared.origin != "auto" and request.mapping is None:
-        raise InputError(
-            f"comparison {compared.name!r} used the mapping file {compared.origin}; name it again with --mapping"
-        )
-    reference = trace.manifest(compared.reference)
-    source = find_model(reference, request.model)
-    wanted = _wanted(compared, request.modules)
-    if not wanted:
-        raise InputError(
-            f"comparison {compared.name!r} has no sites with values at token positions of modules "
-            f"{', '.join(request.modules) or '*'}; replay needs those"
-        )
-    self_check = check_reference(trace, reference, compared.reference_sites, source, progress=progress)
-    runs: dict[str, str] = {}
+    _check(compared, request)
+    casts = _casts(trace, compared, request)
+    self_check = check_reference(trace, casts[0].of, compared.reference_sites, casts[0].source, progress=progress)
     inputs: dict[str, Inputs] = {}
-    for role, of in (("reference", compared.reference), ("baseline", compared.baseline)):
-        if of is not None:
-            runs[role] = f"{compared.name}{SUFFIX}-{trace.manifest(of).dtype}"
-            found = _replay_one(trace, compared, request, source, runs[role], role, of, wanted, progress)
+    for cast in casts:
+        found = _play(trace, compared, request, cast, progress)
+        if cast.role != "target":
             inputs.update({path: item for path, item in found.items() if item.trouble or path not in inputs})
-    if len(set(runs.values())) < len(runs):
-        raise InputError(
-            f"reference and baseline of {compared.name!r} have the same dtype; a replay would find no error"
-        )
+    runs = {cast.role: cast.run for cast in casts}
     summary = compare(
         trace,
         ComparisonRequest(
             runs["reference"],
-            compared.target,
+            runs.get("target", compared.target),
             runs.get("baseline"),
-            f"{compared.name}{SUFFIX}",
+            _name(request),
             compared.thresholds,
             mapping=request.mapping,
         ),
         progress=progress,
     )
-    missing = left_out(compared, wanted, inputs, request.modules)
-    verdict, reasons = enter_ledger(trace, summary, missing, inputs)
+    missing = left_out(compared, casts[0].wanted, inputs, request.modules)
+    verdict, reasons = enter_ledger(trace, summary, missing)
     replayed = {path: item for path, item in inputs.items() if not item.trouble}
     return ReplaySummary(
         summary.comparison,
         compared.name,
         runs["reference"],
         runs.get("baseline"),
-        compared.target,
+        runs.get("target", compared.target),
         verdict,
         reasons,
         injecting_modules(trace, summary.comparison, inputs),
@@ -160,12 +173,64 @@ ORDER BY phase_order(here.phase), here.exec_order, here.measurement
 def replayed_sites(trace: Trace, summary: ReplaySummary) -> list[dict[str, Any]]:
     """Every replayed site in dataflow order, with its R_local, its R in place, and what its module was replayed on."""
     rows = run_sql(trace, _SITES, [summary.replay_of, summary.comparison]).to_pylist()
-    return [{**row, "inputs": summary.inputs[row["module"]].text} for row in rows]
+    return [{**row, "inputs": _text(summary, row["module"])} for row in rows]
+
+
+def _text(summary: ReplaySummary, module: str) -> str:
+    return summary.inputs[module].text if module in summary.inputs else "at some prompts not the target's alone"
+
+
+def _name(request: ReplayRequest) -> str:
+    return request.comparison + (SUFFIX if request.random is None else RANDOM_SUFFIX)
+
+
+def _check(compared: Compared, request: ReplayRequest) -> None:
+    if compared.origin != "auto" and request.mapping is None:
+        raise InputError(
+            f"comparison {compared.name!r} used the mapping file {compared.origin}; name it again with --mapping"
+        )
+    if compared.baseline is None and request.random is not None:
+        raise InputError(
+            f"comparison {compared.name!r} has no baseline; random inputs need one: compare with --baseline"
+        )
+
+
+def _casts(trace: Trace, compared: Compared, request: ReplayRequest) -> list[_Cast]:
+    """The runs to make, the reference's first."""
+    reference, target = trace.manifest(compared.reference), trace.manifest(compared.target)
+    source = find_model(reference, request.model)
+    wanted = _wanted(compared, request.modules)
+    if not wanted:
+        raise InputError(
+            f"comparison {compared.name!r} has no sites with values at token positions of modules "
+            f"{', '.join(request.modules) or '*'}; replay needs those"
+        )
+    name = _name(request)
+    values: ValueSource
+    if request.random is None:
+        values = MappedValues(trace, compared.target, compared.pairs, compared.target_sites)
+    else:
+        values = RandomInputs(request.random)
+    casts = [_Cast("reference", reference, source, values, wanted, f"{name}-{reference.dtype}")]
+    if compared.baseline is not None:
+        baseline = trace.manifest(compared.baseline)
+        if baseline.dtype == reference.dtype:
+            raise InputError(
+                f"reference and baseline of {compared.name!r} are both {baseline.dtype}: a replay would find no error"
+            )
+        own = replace(source, attention=baseline.provenance.get("attention"))
+        casts.append(_Cast("baseline", baseline, own, values, wanted, f"{name}-{baseline.dtype}"))
+    if isinstance(values, RandomInputs):
+        names = {pair.target.module: pair.reference.module for pair in compared.pairs}
+        ported = frozenset(pair.target for pair in compared.pairs if pair.reference in wanted)
+        own = find_model(target, None)
+        casts.append(_Cast("target", target, own, values.known_as(names), ported, f"{name}-target"))
+    return casts
 
 
 def _wanted(compared: Compared, modules: Sequence[str]) -> frozenset[Site]:
-    """Reference sites to replay: outputs with positions that the comparison matched."""
-    positioned = {info.site for info in compared.reference_sites if info.positioned}
+    """Reference sites to replay: outputs with one row of fixed width per position that the comparison matched."""
+    positioned = {info.site for info in compared.reference_sites if info.positioned and info.features is not None}
     positioned &= {pair.reference for pair in compared.pairs if pair.reference.port == "output"}
     target = {info.site for info in compared.target_sites if info.positioned}
     known = {pair.reference for pair in compared.pairs if pair.target in target}
@@ -174,30 +239,23 @@ def _wanted(compared: Compared, modules: Sequence[str]) -> frozenset[Site]:
     )
 
 
-def _replay_one(
-    trace: Trace,
-    compared: Compared,
-    request: ReplayRequest,
-    source: ModelSource,
-    run: str,
-    role: str,
-    of: str,
-    wanted: frozenset[Site],
-    progress: Progress,
+def _play(
+    trace: Trace, compared: Compared, request: ReplayRequest, cast: _Cast, progress: Progress
 ) -> dict[str, Inputs]:
-    target, like = trace.manifest(compared.target), trace.manifest(of)
-    _remove_earlier(trace, run, compared.name)
+    """Make one run; returns what each module ran on."""
+    target = trace.manifest(compared.target)
+    _remove_earlier(trace, cast.run, compared.name)
     progress("load", 0, 1)
-    model = load_model(replace(source, attention=like.provenance.get("attention")), parse_dtype(like.dtype))
-    parts = parallel_linears(compared.pairs, target, request.tp or target.tp) if role == "baseline" else {}
-    values = MappedValues(trace, compared.target, compared.pairs, compared.target_sites)
-    replaying = Replaying(values, wanted)
+    model = load_model(cast.source, parse_dtype(cast.of.dtype))
+    ranks = request.tp or target.tp
+    parts = parallel_linears(compared.pairs, target, ranks) if cast.role == "baseline" else {}
+    replaying = Replaying(cast.values, cast.wanted)
     facts: dict[str, Any] = {
         "replay_of": compared.name,
-        "replay_inputs_of": compared.target,
-        "replayed_model_of": of,
-        "checkpoint_fingerprint": like.provenance.get("checkpoint_fingerprint"),
-        "attention": like.provenance.get("attention"),
+        "replay_inputs_of": compared.target if request.random is None else f"random, seed {request.random}",
+        "replayed_model_of": cast.of.run,
+        "checkpoint_fingerprint": cast.of.provenance.get("checkpoint_fingerprint"),
+        "attention": cast.source.attention,
         "sums_rounded_in_parts": parts,
     }
     with rounded_like(model, parts):
@@ -206,9 +264,9 @@ def _replay_one(
             model,
             prompts_of(trace, target),
             replaying,
-            run=run,
-            role=role,
-            model_name=str(source.path),
+            run=cast.run,
+            role=cast.role,
+            model_name=str(cast.source.path),
             source=target,
             facts=facts,
             progress=progress,
@@ -221,7 +279,5 @@ def _remove_earlier(trace: Trace, run: str, comparison: str) -> None:
     if run in trace.run_names():
         earlier: RunManifest = trace.manifest(run)
         if earlier.provenance.get("replay_of") != comparison:
-            raise InputError(
-                f"{trace.path} has a run {run!r} that no replay of {comparison!r} made; rename or remove it"
-            )
+            raise InputError(f"{trace.path} has a run {run!r} that no replay of {comparison!r} made; remove it first")
         shutil.rmtree(trace.run_folder(run))

@@ -44,8 +44,8 @@ def find_model(reference: RunManifest, path: Path | None) -> ModelSource:
     """
     if reference.stack != "hf":
         raise InputError(
-            f"run {reference.run!r} was not made by Hugging Face code (stack {reference.stack}); replay runs the "
-            "modules of a reference that 'sleuth capture hf' recorded"
+            f"the modules of run {reference.run!r} cannot be run here: its stack is {reference.stack}, only those of "
+            "'sleuth capture hf' can"
         )
     source = ModelSource(path or Path(reference.model), seed=reference.provenance.get("seed"))
     if not source.path.exists():

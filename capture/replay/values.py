@@ -15,6 +15,7 @@ from ...analyze.naming import MAIN_SLOTS
 from ...analyze.pairs import Pair
 from ...analyze.ranks import Stored
 from ...analyze.sites import Site, SiteInfo
+from ...store.dims import parse_dims
 from ...store.trace import Trace
 from ..layout import StepLayout, cut
 
@@ -119,7 +120,7 @@ class MappedValues:
                 complete = False
                 continue
             values, known = found
-            rows = part.values.movedim(_position_axis(part.dims), 0)
+            rows = part.values.movedim(position_axis(part.dims), 0)
             new = torch.from_numpy(values).to(own.dtype).reshape(rows.shape)
             rows.copy_(torch.where(torch.from_numpy(known).reshape(-1, *[1] * (rows.ndim - 1)), new, rows))
             complete, anything = complete and bool(known.all()), True
@@ -160,9 +161,8 @@ class MappedValues:
                     yield span, stored
 
 
-def _position_axis(dims: str) -> int:
-    from ...store.dims import parse_dims
-
+def position_axis(dims: str) -> int:
+    """The axis of token positions; the first where dims name none."""
     return parse_dims(dims).position_axis or 0
 
 
