@@ -17,8 +17,6 @@ _K1, _B = 1.2, 0.75
 _WEIGHTS = {"id": 3, "title": 3, "symptom": 2, "cause": 1, "remedy": 1, "misread": 1, "area": 2}
 _WORD = re.compile(r"[a-z]+|\d+(?:\.\d+)?")
 _SUFFIXES = ("ations", "ation", "ings", "ing", "ized", "ised", "ies", "ed", "es", "s")
-_PLAIN = frozenset(re.findall(r"\w+", """a an and are as at be by for from has have how i if in is it its my not of on or that the this
-    to was what when where which why with"""))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,8 @@ def search(text: str, *, limit: int = 10) -> list[Hit]:
 
 
 def words(text: str) -> list[str]:
-    """Words of a text in lower case, without endings and without those that every text has."""
-    return [_stem(word) for word in _WORD.findall(text.lower().replace("_", " ")) if word not in _PLAIN]
+    """Words of a text in lower case, without endings; the ranking weighs those that every text has next to nothing."""
+    return [_stem(word) for word in _WORD.findall(text.lower().replace("_", " "))]
 
 
 def _stem(word: str) -> str:
