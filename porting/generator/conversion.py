@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..spec.architecture import Architecture, Attention, FeedForward
+from .attention_plan import is_grouped
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -96,6 +97,17 @@ def _layer_lines(spec: Architecture) -> tuple[list[str], list[str]]:
     elif len(set(attention.qkv_bias)) > 1:
         lines.append("add_missing_biases(state_dict, attention)")
         functions.append(_MISSING_BIASES)
+    norms = attention.query_key_norm
+    if norms is not None and norms.list_name:
+        lines.append('for name in ("q_layernorm", "k_layernorm"):')
+        lines.append(f'    join_heads(state_dict, f"{{attention}}.{{name}}", "{norms.list_name}")')
+        functions.append(_JOIN_HEADS)
+    if is_grouped(attention):
+        kv_heads = attention.kv_heads.expression
+        lines.append(f"repeats = config.sharded_kv_heads // {kv_heads}")
+        lines.append("if repeats > 1:")
+        lines.append(f"    repeat_kv_heads(state_dict, attention, {kv_heads}, repeats)")
+        functions.append(_REPEAT_KV_HEADS)
     block = spec.feed_forward[0].block
     name = block.module or "mlp"
     if block.transposed:
@@ -177,6 +189,20 @@ def _split_gate_up_source(block: FeedForward) -> str:
         ]
     )
 
+
+_JOIN_HEADS = '''def join_heads(state_dict, norm, list_name):
+    """Every head has a module of its own in the checkpoint; here, a row of one weight."""
+    names = [name for name in state_dict if name.startswith(f"{norm}.{list_name}.")]
+    names.sort(key=lambda name: int(name.split(".")[-2]))
+    state_dict[f"{norm}.weight"] = torch.stack([state_dict.pop(name) for name in names])'''
+
+_REPEAT_KV_HEADS = '''def repeat_kv_heads(state_dict, attention, kv_heads, repeats):
+    """Give every query head a key and a value head of its own."""
+    for name in (f"{attention}.{part}.{kind}" for part in ("k_proj", "v_proj") for kind in ("weight", "bias")):
+        if name in state_dict:
+            rows = state_dict[name]
+            heads = rows.reshape(kv_heads, -1, *rows.shape[1:])
+            state_dict[name] = heads.repeat_interleave(repeats, dim=0).reshape(-1, *rows.shape[1:])'''
 
 _MISSING_BIASES = '''def add_missing_biases(state_dict, attention):
     """The library adds a bias to queries, keys and values, or to none."""

@@ -169,10 +169,8 @@ def check_port(
     checkpoint = folder / "checkpoint"
     model.save_pretrained(checkpoint)
     rng = np.random.default_rng(seed)
-    prompts = [
-        PromptInput(str(n), token_ids=tuple(int(token) for token in rng.integers(2, model.config.vocab_size, n)))
-        for n in _PROMPTS
-    ]
+    tokens = {n: tuple(int(token) for token in rng.integers(2, model.config.vocab_size, n)) for n in _PROMPTS}
+    prompts = [PromptInput(str(n), token_ids=ids) for n, ids in tokens.items()]
     trace = Trace.create(folder / "trace")
     source, batch = ModelSource(checkpoint, attention="eager"), len(prompts)
     steps = len(settings) + 2

@@ -63,6 +63,7 @@ class QueryKeyNorm(Fact):
         scope: `head` (one weight for all heads), `heads` (a weight per head, normalised per head) or `width` (over all
             heads together).
         after_rotary: whether it follows the rotary embedding.
+        list_name: name of the list of norms, where every head has a module of its own; else empty.
     """
 
     query: str
@@ -70,6 +71,7 @@ class QueryKeyNorm(Fact):
     norm: Norm
     scope: str
     after_rotary: bool = False
+    list_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,8 @@ class Attention(Fact):
         heads: query heads.
         kv_heads: key and value heads.
         head_dim: features of a head.
-        layout: `separate` projections, or one with rows `plain` (queries, keys, values) or `grouped` (for every KV head its
-            queries, its key, its value).
+        layout: `separate` projections, or one with rows `plain` (queries, keys, values) or `grouped` (for every KV head
+            its queries, its key, its value).
         projections: modules of queries, keys and values, or of the one projection.
         output: module of the output projection.
         qkv_bias: whether queries, keys and values have a bias.

@@ -9,8 +9,8 @@ import torch
 from ...store.errors import InputError
 from .architecture import Attention, MaskCase, Number, QueryKeyNorm, Rotary, RotaryCase
 from .expressions import Expressions
-from .norms import analyse_norm, is_norm
 from .observation import Call, Observation, Softmax, source_line
+from .query_key import QueryKeyNorms
 from .rotary import Rotation, find_rotation, identify
 from .sources import Sources
 from .wiring import same
@@ -143,7 +143,7 @@ class AttentionAnalysis:
     def _projections(
         self, heads: int, kv_heads: int, head_dim: int, values: torch.Tensor
     ) -> tuple[str, tuple[str, ...], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Which projections give queries, keys and values, and how rows are laid out; values decide, having no rotation."""
+        """Which projections give queries, keys and values, and how rows are laid out: values, not rotated, decide."""
         kv_values = values[:, :: values.shape[1] // kv_heads]
         width, kv_width = heads * head_dim, kv_heads * head_dim
         linears = self._linears()
@@ -218,14 +218,15 @@ class AttentionAnalysis:
         self, query: torch.Tensor, key: torch.Tensor, query_after: torch.Tensor, key_after: torch.Tensor
     ) -> tuple[QueryKeyNorm | None, Rotary | None, float]:
         """Norm and rotary embedding of queries and keys, and a factor that queries have beside."""
-        norm, query, key = self._norm_before(query, key)
+        norms = QueryKeyNorms(self._seen, self._path, self._numbers, self._sources)
+        norm, query, key = norms.before(query, key)
         ratio = _constant_ratio(query, query_after)
         if ratio is not None and _constant_ratio(key, key_after) == 1.0:
             self._sources.measured("attention.rotary", "queries and keys are not rotated")
             return norm, None, ratio
         rotations = [find_rotation(a, b) for a, b in ((query, query_after), (key, key_after))]
         if rotations[1] is None and norm is None:
-            norm, query_after, key_after = self._norm_after(query_after, key_after)
+            norm, query_after, key_after = norms.after(query_after, key_after)
             rotations = [find_rotation(a, b) for a, b in ((query, query_after), (key, key_after))]
         if rotations[0] is None or rotations[1] is None:
             raise self._fail("an operation between projections and scores that is no norm and no rotation")
@@ -245,70 +246,6 @@ class AttentionAnalysis:
         self._sources.number(f"{field}.theta", rotary.theta)
         self._sources.number(f"{field}.dim", rotary.dim)
         return rotary
-
-    def _norm_calls(self) -> list[Call]:
-        return [c for c in self._inside if is_norm(c.module)]
-
-    def _norm_before(
-        self, query: torch.Tensor, key: torch.Tensor
-    ) -> tuple[QueryKeyNorm | None, torch.Tensor, torch.Tensor]:
-        found = [self._norm_on(tensor) for tensor in (query, key)]
-        if found[0] is None and found[1] is None:
-            return None, query, key
-        if found[0] is None or found[1] is None:
-            raise self._fail("a norm on queries or keys only")
-        (one, scope, normed), (other, _, normed_key) = found
-        return self._query_key_norm(one, other, scope, after=False), normed, normed_key
-
-    def _norm_after(
-        self, query: torch.Tensor, key: torch.Tensor
-    ) -> tuple[QueryKeyNorm | None, torch.Tensor, torch.Tensor]:
-        """Norms whose outputs are the final queries and keys: their inputs are what was rotated."""
-        calls = self._norm_calls()
-        heads, kv_heads = query.shape[1], key.shape[1]
-        for one in calls:
-            for other in calls:
-                outputs = (self._as_heads(one.output, heads), self._as_heads(other.output, kv_heads))
-                if one is not other and same(outputs[0], query) and same(outputs[1], key):
-                    scope = "width" if one.output.shape[-1] == heads * query.shape[-1] else "head"
-                    norm = self._query_key_norm(one, other, scope, after=True)
-                    return norm, self._as_heads(one.input, heads), self._as_heads(other.input, kv_heads)
-        return None, query, key
-
-    def _norm_on(self, tensor: torch.Tensor) -> tuple[Call, str, torch.Tensor] | None:
-        heads = tensor.shape[1]
-        for call in self._norm_calls():
-            if call.input.numel() != tensor.numel() or not same(self._as_heads(call.input, heads), tensor):
-                continue
-            weight = getattr(call.module, "weight", None)
-            scope = "head"
-            if call.input.shape[-1] == heads * tensor.shape[-1] and heads > 1:
-                scope = "width"
-            elif weight is not None and weight.ndim == 2:
-                scope = "heads"
-            return call, scope, self._as_heads(call.output, heads)
-        return None
-
-    def _as_heads(self, tensor: torch.Tensor, heads: int) -> torch.Tensor:
-        """(batch, positions, heads, features) or flat as (batch, heads, positions, features)."""
-        if tensor.ndim == 4 and tensor.shape[1] == heads and tensor.shape[2] == self._shape[1]:
-            return tensor
-        if tensor.numel() % (self._shape[0] * self._shape[1] * heads):
-            return tensor
-        return self._heads_of(tensor, heads)
-
-    def _query_key_norm(self, one: Call, other: Call, scope: str, *, after: bool) -> QueryKeyNorm:
-        names = [call.path.removeprefix(f"{self._path}.") for call in (one, other)]
-        field = "attention.query_key_norm"
-        found = []
-        for call in (one, other):
-            weight = getattr(call.module, "weight", None)
-            width = tuple(weight.shape) if weight is not None else (call.input.shape[-1],)
-            found.append(analyse_norm(call.module, width, self._numbers, self._sources, f"{field}.norm", call.path))
-        if found[0] != found[1]:
-            raise self._fail("different norms on queries and keys")
-        self._sources.measured(f"{field}.scope", "shape of its weight", source_line(self._module, f"self.{names[0]}("))
-        return QueryKeyNorm(names[0], names[1], found[0], scope, after)
 
     def _scores(self, softmax: Softmax, factor: float) -> tuple[Number, Number | None]:
         """The factor on scores, and the bound of their tanh."""
@@ -395,6 +332,10 @@ class AttentionAnalysis:
         if attention.query_key_norm is not None:
             modules += [attention.query_key_norm.query, attention.query_key_norm.key]
         claimed = [f"{m}.{kind}" for m in modules for kind in ("weight", "bias")]
+        norms = attention.query_key_norm
+        if norms is not None and norms.list_name:
+            inside = self._module.named_parameters()
+            claimed += [name for name, _ in inside if name.startswith((f"{norms.query}.", f"{norms.key}."))]
         return tuple(claimed + ([attention.sinks] if attention.sinks else []))
 
 

@@ -96,7 +96,8 @@ def analyse_head(seen: Observation, layers: str, embedding: Embedding, numbers: 
     heads = [c for c in after if is_linear(c.module)]
     if len(norms) != 1 or len(heads) != 1:
         raise InputError(
-            f"unsupported: {len(norms)} norms and {len(heads)} projections after the layers of {type(seen.model).__name__}"
+            f"unsupported: {len(norms)} norms and {len(heads)} projections after the layers of "
+            f"{type(seen.model).__name__}"
         )
     (norm,), (head,) = norms, heads
     if not same(norm.input.reshape(last.output.shape), last.output) or not same(head.input, norm.output):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.modeling_utils import no_init_weights
 
 from ...store.errors import InputError
 
@@ -154,11 +155,7 @@ def random_model(config: Any, seed: int = 0) -> torch.nn.Module:
     Raises:
         InputError: transformers cannot build the configuration.
     """
-    torch.manual_seed(seed)
-    try:
-        model: torch.nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
-    except (ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
-        raise InputError(f"{config.model_type} cannot be built small: {type(error).__name__}: {error}") from error
+    model = _built(config, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -173,6 +170,19 @@ def random_model(config: Any, seed: int = 0) -> torch.nn.Module:
             else:
                 parameter.copy_(noise / max(parameter.shape[1:]) ** 0.5)
     return model.eval()
+
+
+def _built(config: Any, seed: int) -> torch.nn.Module:
+    """A model as its classes initialise it; where the library's own initialisation fails, as constructors do."""
+    torch.manual_seed(seed)
+    try:
+        try:
+            return AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
+        except AttributeError:
+            with no_init_weights():
+                return AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
+    except (ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
+        raise InputError(f"{config.model_type} cannot be built small: {type(error).__name__}: {error}") from error
 
 
 def _is_conv(model: torch.nn.Module, name: str) -> bool:

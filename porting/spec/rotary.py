@@ -1,7 +1,7 @@
 """Which rotary embedding turned queries before into queries after, read off the angles.
 
-A pair of features (a, b) as the complex number a + ib is multiplied by m * exp(i * position * frequency), for every head
-alike. The ratio of after to before gives m, the angle, and with it which features are pairs and what the frequencies
+A pair of features (a, b) as the complex number a + ib is multiplied by m * exp(i * position * frequency), for every
+head alike. The ratio of after to before gives m, the angle, and with it which features are pairs and what the frequencies
 are; nothing of the module that computed them is assumed.
 """
 
@@ -129,8 +129,8 @@ def frequencies(
 ) -> tuple[torch.Tensor, float] | None:
     """Radians per position of every pair, and the factor on cosine and sine; None for an unknown kind.
 
-    Formulas: linear scaling divides positions (kaiokendev, 2023); llama3 as in Llama 3.1's release; YaRN as in Peng et al.,
-    2023, section 3; longrope as in Ding et al., 2024.
+    Formulas: linear scaling divides positions (kaiokendev, 2023); llama3 as in Llama 3.1's release; YaRN as in Peng et
+    al., 2023, section 3; longrope as in Ding et al., 2024.
 
     Args:
         kind: of the scaling.

@@ -1,0 +1,81 @@
+"""A decoder layer of a port: its modules and the statements of its forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..spec.architecture import Architecture, Number, Term
+from .norm_plan import norm_constructor
+
+
+def layer_plan(
+    spec: Architecture, stem: str, attention: dict[str, Any], feed_forwards: list[dict[str, Any]]
+) -> dict[str, Any]:
+    index = ", layer_idx" if attention["per_layer"] else ""
+    modules = []
+    norms = {named.name: named.norm for named in spec.layer.norms}
+    block = feed_forwards[0]
+    for node in spec.layer.nodes:
+        if node.role == "norm":
+            modules.append(f"self.{node.name} = {norm_constructor(norms[node.name], 'config.hidden_size', stem)}")
+        elif node.role == "attention":
+            modules.append(f"self.{node.name} = Neuron{stem}Attention(config{index})")
+        else:
+            made = "NeuronLlamaMLP" if block["native"] else f"Neuron{stem}{block['class_suffix']}"
+            modules.append(f"self.{block['name']} = {made}(config)")
+    terms = [term for node in spec.layer.nodes for term in node.terms] + list(spec.layer.output)
+    factors = dict.fromkeys(term.factor for term in terms if term.factor is not None)
+    modules.extend(f"self.{_attribute(factor)} = {factor.expression}" for factor in factors)
+    return {
+        "modules": modules,
+        "forward": list(_forward(spec, block)),
+        "per_layer": attention["per_layer"],
+        "own_rotary": attention["own_rotary"],
+    }
+
+
+def _forward(spec: Architecture, block: dict[str, Any]) -> Iterator[str]:
+    """Statements that compute a layer, one per module and one per sum."""
+    names = {"hidden_states": "hidden_states"}
+    sums: dict[tuple[Term, ...], str] = {}
+    for node in spec.layer.nodes:
+        if len(node.terms) > 1 and node.terms not in sums:
+            name = "residual" if not sums else f"residual_{len(sums) + 1}"
+            yield f"{name} = {_sum(node.terms, names, sums)}"
+            sums[node.terms] = name
+        given = _sum(node.terms, names, sums)
+        if node.role == "attention":
+            yield f"attention = self.{node.name}("
+            yield f"    {given},"
+            for argument in ("attention_mask", "position_ids", "past_key_value"):
+                yield f"    {argument}={argument},"
+            yield "    **kwargs,"
+            yield ")"
+            names[node.name] = "attention.hidden_states"
+            continue
+        names[node.name] = f"after_{node.name}"
+        called = block["name"] if node.role == "feed_forward" else node.name
+        first = "[0]" if node.role == "feed_forward" and block["native"] else ""
+        yield f"{names[node.name]} = self.{called}({given}){first}"
+    yield f"hidden_states = {_sum(spec.layer.output, names, sums)}"
+
+
+def _sum(terms: tuple[Term, ...], names: dict[str, str], sums: dict[tuple[Term, ...], str]) -> str:
+    if terms in sums:
+        return sums[terms]
+    parts = []
+    rest = list(terms)
+    for known in sorted(sums, key=len, reverse=True):
+        if all(term in rest for term in known):
+            rest = [term for term in rest if term not in known]
+            parts.append(sums[known])
+            break
+    for term in rest:
+        text = names[term.node]
+        parts.append(text if term.factor is None else f"{text} * self.{_attribute(term.factor)}")
+    return " + ".join(parts)
+
+
+def _attribute(number: Number) -> str:
+    return number.expression.removeprefix("config.")
