@@ -75,7 +75,7 @@ def capture_nxdi(
     """Run an NxD Inference port and record every rank: on a CPU, or compiled on a Neuron device."""
     if cpu == (compiled is not None):
         raise InputError("say where the port runs: --cpu, or --compiled DIR on a Neuron device")
-    options = dict(_option(text) for text in neuron or ())
+    options = dict(neuron_option(text) for text in neuron or ())
 
     from ..porting.environment import find_environment, require_sources
 
@@ -113,7 +113,7 @@ def capture_nxdi(
     print_summary(summary, json)
 
 
-def _option(text: str) -> tuple[str, Any]:
+def neuron_option(text: str) -> tuple[str, Any]:
     name, separator, value = text.partition("=")
     if not separator or not name.isidentifier():
         raise InputError(f"--neuron {text!r} cannot be read; write NAME=VALUE, for example fused_qkv=true")

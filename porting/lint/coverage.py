@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import struct
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +17,8 @@ from typing import Any
 
 import torch
 
-from ...capture.nxdi.application import CpuSettings, build_config
-from ...capture.nxdi.port import activate, load_class, parse_class
 from ...store.errors import InputError
+from ..structure.meta import model_on_meta, one_rank, port_classes, port_config
 from .provenance import Provenance
 
 _DTYPES = {
@@ -41,7 +39,6 @@ _DTYPES = {
 _COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn(ention)?\.bias|position_ids)$")
 #: Parameters that no checkpoint fills: caches, and rank numbers, which the loader counts.
 _NOT_LOADED = re.compile(r"(^|\.)(kv_mgr\.|.*rank_util\.rank$|.*spmd_rank(_tkg)?\.rank$|.*local_expert_indices$)")
-_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -105,14 +102,11 @@ def check_coverage(port: str, checkpoint: Path, *, config: str = "", tp: int = 1
         InputError: the sources of NxD Inference, the port's class or the checkpoint cannot be read.
     """
     weights = read_index(checkpoint)
-    activate()
-    model_class = load_class(parse_class(port))
-    config_class = load_class(parse_class(config)) if config else model_class.get_config_cls()
-    settings = CpuSettings(torch.bfloat16, 1, 1, _LENGTH)
-    configuration = build_config(model_class, config_class, checkpoint, settings)
-    with tempfile.TemporaryDirectory(prefix="sleuth-lint-") as scratch, _ProcessGroup(Path(scratch)):
+    model_class, config_class = port_classes(port, config)
+    configuration = port_config(model_class, config_class, checkpoint)
+    with one_rank():
         try:
-            model = _build(model_class, configuration)
+            model = model_on_meta(model_class, configuration)
             configuration.neuron_config.tp_degree = tp
             state, provenance = _convert(model_class, configuration, model, checkpoint, weights)
             expected = model.state_dict()
@@ -130,40 +124,6 @@ def _failure(error: Exception) -> CoverageProblem:
         advice = "run 'sleuth port validate' on a CPU: it loads the weights and names those that do not fit"
         return CoverageProblem("conversion-needs-values", f"the conversion needs the weights' values ({text})", advice)
     return CoverageProblem("conversion-fails", text, "correct the conversion, or the model class")
-
-
-class _ProcessGroup:
-    """A process group of this one process, for as long as the model is built."""
-
-    def __init__(self, scratch: Path) -> None:
-        self._scratch, self._own = scratch, False
-
-    def __enter__(self) -> None:
-        from neuronx_distributed.parallel_layers import parallel_state
-
-        if not torch.distributed.is_initialized():
-            store = f"file://{self._scratch / 'rendezvous'}"
-            torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-            self._own = True
-        if not parallel_state.model_parallel_is_initialized():
-            parallel_state.initialize_model_parallel(tensor_model_parallel_size=1, skip_collective_init=True)
-
-    def __exit__(self, *error: object) -> None:
-        if self._own:
-            from neuronx_distributed.parallel_layers import parallel_state
-
-            parallel_state.destroy_model_parallel()
-            torch.distributed.destroy_process_group()
-
-
-def _build(model_class: Any, configuration: Any) -> torch.nn.Module:
-    """The model on the meta device."""
-    import os
-
-    os.environ["NXD_CPU_MODE"] = "1"
-    with Provenance({}), torch.device("meta"):
-        model: torch.nn.Module = model_class._model_cls(configuration)
-    return model
 
 
 def _convert(

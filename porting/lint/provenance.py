@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..structure.meta import OnMeta
 
-class Provenance(TorchDispatchMode):
+
+class Provenance(OnMeta):
     """While active, remembers for every tensor's storage the checkpoint keys that went into it.
 
     Tensors that were seen are kept alive, so that a storage's identity is not given to another one: use it for tensors
@@ -43,13 +44,10 @@ class Provenance(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """See `TorchDispatchMode`; whatever device is asked for, tensors stay on the meta device."""
-        words = dict(kwargs or {})
-        if words.get("device") is not None:
-            words["device"] = torch.device("meta")
-        result = func(*args, **words)
+        """See `TorchDispatchMode`."""
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         keys: set[str] = set()
-        for tensor in _tensors((args, words)):
+        for tensor in _tensors((args, kwargs or {})):
             keys |= self._sources.get(_identity(tensor), set())
         for tensor in _tensors(result):
             self._add(tensor, keys)

@@ -264,10 +264,11 @@ class PortFile:
             for tail in (parts, [*parts, name] if name else parts):
                 candidate = root.joinpath(*tail).with_suffix(".py") if tail else None
                 if candidate is not None and candidate.is_file() and candidate.resolve() != self.path.resolve():
-                    return self._parsed(candidate)
+                    return self.related(candidate)
         return None
 
-    def _parsed(self, path: Path) -> PortFile | None:
+    def related(self, path: Path) -> PortFile | None:
+        """Another file, parsed once for all that import each other; None if it cannot be."""
         known = self._family.get(path.resolve())
         if known is not None:
             return known
