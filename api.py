@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from .analyze.calibration.learn import calibrate, load_calibration
+from .analyze.calibration.learned import Calibration
 from .analyze.compare import ComparisonRequest, ComparisonSummary, compare
 from .analyze.sql_library import run_sql
 from .analyze.verdict import Thresholds
@@ -52,10 +54,36 @@ class Trace(StoredTrace):
         name: str | None = None,
         thresholds: Thresholds | None = None,
         mapping: Path | None = None,
+        replicates: Sequence[str] = (),
+        calibration: str | None = None,
     ) -> ComparisonSummary:
-        """Compare runs site by site; see `analyze.compare`."""
-        request = ComparisonRequest(reference, target, baseline, name, thresholds or Thresholds(), mapping=mapping)
-        return compare(self, request)
+        """Compare runs site by site; see `analyze.compare`.
+
+        Args:
+            reference, target, baseline, name, mapping: see `analyze.compare.ComparisonRequest`.
+            thresholds: limits; those of the calibration, or the defaults, when None.
+            replicates: runs that show how the baseline scatters.
+            calibration: name of a calibration that `calibrate` made.
+        """
+        learnt = load_calibration(self, calibration) if calibration else None
+        limits = thresholds or (learnt.thresholds if learnt else Thresholds()).adapted(None, None, baseline is not None)
+        return compare(
+            self,
+            ComparisonRequest(
+                reference,
+                target,
+                baseline,
+                name,
+                limits,
+                mapping=mapping,
+                replicates=tuple(replicates),
+                calibration=learnt,
+            ),
+        )
+
+    def calibrate(self, comparisons: Sequence[str], *, name: str = "default") -> Calibration:
+        """Learn limits from comparisons of known-good ports; see `analyze.calibration`."""
+        return calibrate(self, comparisons, name)
 
     def logits(self, comparison: str, *, site: str | None = None, greedy: str | None = None) -> LogitReport:
         """Judge the next-token distributions of a comparison; see `analyze.logits.judge_logits`."""

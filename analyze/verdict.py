@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .moments import BASELINE_EXACT, EXACT, NONFINITE
@@ -43,6 +43,13 @@ class Thresholds:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""
         return asdict(self)
+
+    def adapted(self, tau_r: float | None, relative_l2: float | None, has_baseline: bool) -> Thresholds:
+        """The limits for one comparison: the user's own where given, and relative L2 only without a baseline."""
+        limits = self if tau_r is None else replace(self, tau_r=tau_r, tau_r_by_kind={})
+        if relative_l2 is not None or has_baseline:
+            limits = replace(limits, relative_l2=relative_l2)
+        return limits
 
     def limit(self, kind: str) -> float:
         """Largest R of a site of this kind."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -30,6 +31,7 @@ from .hf import (
 from .plan import Plan, plan_capture
 from .prompts import EncodedPrompt, PromptInput, check_lengths, encode_prompts, teacher_prompts
 from .recorder import record
+from .replicate import Replicate
 from .selection import Selection
 
 
@@ -47,6 +49,7 @@ class HuggingFaceCapture:
         generation: how prompts are continued; its stop tokens come from the model.
         selection: which sites are kept.
         statistics_only: keep statistics and checksums, not values.
+        replicate: rounds otherwise than the run that it replicates; None for an ordinary run.
     """
 
     source: ModelSource
@@ -58,6 +61,7 @@ class HuggingFaceCapture:
     generation: Generation = field(default_factory=Generation)
     selection: Selection = field(default_factory=Selection)
     statistics_only: bool = False
+    replicate: Replicate | None = None
 
 
 @dataclass(frozen=True)
@@ -127,9 +131,13 @@ def capture_hugging_face(
     plan, plan_error = try_plan(trace, capture, prompts)
     progress("load", 0, 1)
     model = load_model(capture.source, parse_dtype(capture.dtype))
+    if capture.replicate is not None:
+        source = capture.replicate.source(capture.source, getattr(model.config, "_attn_implementation", None))
+        model = model if source == capture.source else load_model(source, parse_dtype(capture.dtype))
+    fingerprint = checkpoint_fingerprint(capture.source)
     facts: dict[str, Any] = {
         "config": config.to_dict(),
-        "checkpoint_fingerprint": checkpoint_fingerprint(capture.source),
+        "checkpoint_fingerprint": fingerprint,
         "seed": capture.source.seed,
         "attention": getattr(model.config, "_attn_implementation", None),
         "teacher": capture.teacher,
@@ -137,21 +145,27 @@ def capture_hugging_face(
         "selection": selection_facts(capture.selection),
         "plan": plan.as_dict() if plan else {"error": plan_error},
     }
-    seconds = run_recorded(
-        trace,
-        model,
-        HuggingFaceCausalModel(model),
-        prompts,
-        capture.generation,
-        run=capture.run,
-        role=capture.role,
-        stack="hf",
-        model_name=str(capture.source.path),
-        selection=capture.selection,
-        statistics_only=capture.statistics_only,
-        facts=facts,
-        progress=progress,
-    )
+    adapter: CausalModel = HuggingFaceCausalModel(model)
+    with ExitStack() as stack:
+        if capture.replicate is not None:
+            dtype = str(parse_dtype(capture.dtype)).removeprefix("torch.")
+            facts["replicate"] = capture.replicate.facts(trace, capture.run, fingerprint, dtype)
+            adapter = stack.enter_context(capture.replicate.running(model, adapter))
+        seconds = run_recorded(
+            trace,
+            model,
+            adapter,
+            prompts,
+            capture.generation,
+            run=capture.run,
+            role=capture.role,
+            stack="hf",
+            model_name=str(capture.source.path),
+            selection=capture.selection,
+            statistics_only=capture.statistics_only,
+            facts=facts,
+            progress=progress,
+        )
     return CaptureSummary(
         run=capture.run,
         n_prompts=len(prompts),

@@ -20,6 +20,7 @@ from .capture_options import (
     Positions,
     PromptsFile,
     PromptTexts,
+    Replicates,
     Role,
     Run,
     StatisticsOnly,
@@ -72,6 +73,7 @@ def capture_hf(
     random_init: Annotated[int | None, typer.Option(metavar="SEED", help="Random weights from this seed.")] = None,
     attention: Annotated[str | None, typer.Option(help="Attention implementation, for example eager or sdpa.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run modelling code that lies in the model folder.")] = False,
+    replicate: Replicates = None,
     plan: Annotated[bool, typer.Option(help="Predict tensors, bytes and time; run nothing.")] = False,
     json: Json = False,
 ) -> None:
@@ -79,6 +81,7 @@ def capture_hf(
     from ..capture.generate import Generation
     from ..capture.hf import ModelSource, load_config, parse_dtype, quiet_transformers
     from ..capture.hf_run import HuggingFaceCapture, capture_hugging_face, prepare_prompts, try_plan
+    from ..capture.replicate import parse_replicate
 
     parse_dtype(dtype)
     capture = HuggingFaceCapture(
@@ -91,6 +94,7 @@ def capture_hf(
         generation=Generation(new_tokens=generate, padding=padding.value, batch_size=batch),
         selection=selection(include, exclude, layers, positions, io),
         statistics_only=statistics_only,
+        replicate=parse_replicate(replicate) if replicate else None,
     )
     quiet_transformers()
     config = load_config(capture.source)

@@ -34,6 +34,14 @@ Layers = Annotated[str | None, typer.Option(help="Only these layers, for example
 Positions = Annotated[str | None, typer.Option(help="Only these token positions, for example 0-31.")]
 Io = Annotated[Ports, typer.Option(help="Record outputs, or inputs as well.")]
 StatisticsOnly = Annotated[bool, typer.Option(help="Keep statistics and checksums, not values.")]
+Replicates = Annotated[
+    str | None,
+    typer.Option(
+        "--replicate",
+        metavar="KIND[:N]",
+        help="Round otherwise, as a clean port might: attention, summation, threads, nudge or perturb.",
+    ),
+]
 Batch = Annotated[int, typer.Option(min=1, help="Prompts per batch.")]
 
 

@@ -13,7 +13,7 @@ from .mapping import MappingFile
 if TYPE_CHECKING:
     from ..analyze.compare import ComparisonSummary
 
-_COLUMNS = ("site", "in the target", "phase", "R", "95 % interval", "relative L2", "W1", "state", "verdict")
+_COLUMNS = ("site", "in the target", "phase", "R", "95 % interval", "q", "relative L2", "W1", "state", "verdict")
 _BEFORE, _AFTER = 4, 3
 
 
@@ -30,30 +30,39 @@ def compare(
         str | None, typer.Option(help="Same model as the reference, in the target's precision.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the comparison; the target's name by default.")] = None,
-    tau_r: Annotated[float, typer.Option(min=1.0, help="Largest R of a site.")] = 1.2,
+    tau_r: Annotated[float | None, typer.Option(min=1.0, help="Largest R of a site; 1.2 by default.")] = None,
     tolerance: Annotated[
         float | None, typer.Option(help="Largest relative L2, for comparisons without a baseline.")
     ] = None,
+    replicate: Annotated[
+        list[str] | None, typer.Option(help="Baseline with other rounding (capture --replicate); may be repeated.")
+    ] = None,
+    calibration: Annotated[str | None, typer.Option(help="Limits learnt by sleuth calibrate, by name.")] = None,
     include: Annotated[list[str] | None, typer.Option(help="Only reference modules that match this glob.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Not reference modules that match this glob.")] = None,
     mapping: MappingFile = None,
     json: Json = False,
 ) -> None:
     """Compare a target with a reference, site by site, and name the first that diverges."""
+    from ..analyze.calibration.learn import load_calibration
     from ..analyze.compare import ComparisonRequest
     from ..analyze.compare import compare as compare_runs
     from ..analyze.verdict import Thresholds
 
     opened = Trace.open(trace)
+    learnt = load_calibration(opened, calibration) if calibration else None
+    limits = (learnt.thresholds if learnt else Thresholds()).adapted(tau_r, tolerance, baseline is not None)
     request = ComparisonRequest(
         reference,
         target,
         baseline,
         name,
-        Thresholds(tau_r=tau_r, relative_l2=tolerance),
+        limits,
         tuple(include or ()),
         tuple(exclude or ()),
         mapping,
+        tuple(replicate or ()),
+        learnt,
     )
     with progress("compare") as update:
         summary = compare_runs(opened, request, progress=update)
@@ -104,11 +113,13 @@ def print_comparison(trace: Trace, summary: ComparisonSummary, first: dict[str, 
     )
     for reason in summary.reasons:
         say(f"  - {reason}")
+    for note in summary.notes:
+        say(f"  ({note})")
     if summary.n_unmatched:
         say(f"  which ones: sleuth sql {trace.path} 'FROM coverage_holes'")
 
 
 def _row(row: dict[str, Any]) -> tuple[Any, ...]:
     interval = None if row["r_low"] is None else f"{row['r_low']:.4g} .. {row['r_high']:.4g}"
-    numbers = (row["r_ratio"], interval, row["relative_l2"], row["qq_w1"])
+    numbers = (row["r_ratio"], interval, row["q_value"], row["relative_l2"], row["qq_w1"])
     return (row["site"], row["target_site"], row["phase"], *numbers, row["state"], row["verdict"])

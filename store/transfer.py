@@ -10,6 +10,7 @@ from pathlib import Path
 import duckdb
 
 from . import catalog
+from .calibrations import enter_calibrations
 from .errors import FormatError, InputError, IntegrityError, RunExistsError, SleuthError
 from .integrity import verify_shard
 from .manifest import check_run_name, write_manifest
@@ -43,6 +44,7 @@ def index(trace: Trace, *, rebuild: bool = False, progress: Progress = no_progre
             progress(run)
             counts[run] = catalog.ingest_run(connection, trace.path, trace.manifest(run), trace.shards(run))
         _keep_comparisons(connection, trace.catalog_path)
+        enter_calibrations(connection, trace)
     _wait_until_unlocked(trace.catalog_path)
     fresh.rename(trace.catalog_path)
     return counts

@@ -73,13 +73,13 @@ def null_of_replicates(log_r: FloatArray, kinds: Sequence[str]) -> Null:
     squares = (np.where(told, x - centre[:, None], 0.0) ** 2).sum(axis=1) + centre**2
     with np.errstate(divide="ignore", invalid="ignore"):
         variance = squares / k
-    prior, weight = _prior(variance, k, kinds)
+    prior, weight = prior_variance(variance, k, kinds)
     freedom = k + weight
     moderated = (weight * prior + np.where(k > 0, squares, 0.0)) / freedom
     return Null(centre, np.sqrt(moderated * (1.0 + 1.0 / (k + 1.0))), freedom)
 
 
-def _prior(variance: FloatArray, freedom: FloatArray, kinds: Sequence[str]) -> tuple[FloatArray, float]:
+def prior_variance(variance: FloatArray, freedom: FloatArray, kinds: Sequence[str]) -> tuple[FloatArray, float]:
     """Prior variance of every site (NaN when no site tells anything) and its weight in degrees of freedom."""
     known = (freedom > 0) & (variance > 0)
     if not known.any():
