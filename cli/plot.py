@@ -33,7 +33,7 @@ _LONGEST_NAME = 80
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     group = typer.Typer(name="plot", help="Draw pictures of a comparison.", no_args_is_help=True)
-    for command in (layers, qq, tokens):
+    for command in (layers, qq, histogram, tokens, tensor, logits):
         group.command()(command)
     app.add_typer(group)
 
@@ -110,6 +110,98 @@ def tokens(
         return
     say(f"{result.site} ({result.phase}): {_value(source, result)} over all tokens of {len(profile.prompts)} prompts")
     say(f"picture: {path}")
+
+
+def histogram(
+    trace: TracePath,
+    comparison: Comparison = None,
+    site: Site = None,
+    phase: Phase = None,
+    output: Output = None,
+    json: Json = False,
+) -> None:
+    """Draw how large the errors of one site are, the target's beside the baseline's."""
+    from ..analyze.plotting.histogram import EDGES, caption, draw_histogram, error_histogram
+
+    opened, source, result = _chosen(trace, comparison, site, phase)
+    found = error_histogram(opened, source, result)
+    path = _png(output, source.name, "histogram", result.site, result.phase)
+    draw_histogram(found, path)
+    if json:
+        sides = {name: counts for name, counts in (("baseline", found.baseline), ("target", found.target)) if counts}
+        counts = {name: {key: getattr(side, key) for key in ("zero", "nonfinite")} for name, side in sides.items()}
+        filled = {
+            name: [
+                {"from": EDGES[i], "to": EDGES[i + 1], "positive": side.positive[i], "negative": side.negative[i]}
+                for i in side.magnitudes.nonzero()[0]
+            ]
+            for name, side in sides.items()
+        }
+        bins = {name: {**counts[name], "bins": [_plain(row) for row in filled[name]]} for name in sides}
+        print_json({"plot": path, "comparison": asdict(source), **asdict(result), **bins})
+        return
+    say(f"{result.site} ({result.phase}): {caption(found)}")
+    say(f"picture: {path}")
+
+
+def tensor(
+    trace: TracePath,
+    comparison: Comparison = None,
+    site: Site = None,
+    phase: Phase = None,
+    prompt: Annotated[int | None, typer.Option(help="Index of the prompt; the first compared one by default.")] = None,
+    what: Annotated[str, typer.Option(help="error, reference, baseline or target.")] = "error",
+    tensor_id: Annotated[
+        int | None, typer.Option("--id", help="Draw this stored tensor instead; 'sleuth tensors' lists ids.")
+    ] = None,
+    output: Output = None,
+    json: Json = False,
+) -> None:
+    """Draw one tensor as a map of positions and features: its values, or its errors beside the baseline's."""
+    from ..analyze.plotting.tensor import WHAT, compared_map, draw_tensor, stored_map
+
+    if what not in WHAT:
+        raise InputError(f"--what {what} is unknown; choose one of {', '.join(WHAT)}")
+    if tensor_id is not None:
+        found = stored_map(Trace.open(trace), tensor_id)
+        path = _png(output, "tensor", str(tensor_id))
+    else:
+        opened, source, result = _chosen(trace, comparison, site, phase)
+        found = compared_map(opened, source, result, prompt, what)
+        path = _png(output, source.name, what, result.site, result.phase)
+    draw_tensor(found, path)
+    if json:
+        maps = [
+            {"name": one.name, "by_position": one.by_position.tolist(), "by_feature": one.by_feature.tolist()}
+            for one in found.maps
+        ]
+        print_json({"plot": path, "title": found.title, "first_position": found.first_position, "maps": maps})
+        return
+    say(found.title)
+    say(f"picture: {path}")
+
+
+def logits(trace: TracePath, comparison: Comparison = None, output: Output = None, json: Json = False) -> None:
+    """Draw KL, R and other first tokens of every position; 'sleuth logits' measures them."""
+    from ..analyze.plotting.logits import draw_logits, logit_map
+    from ..analyze.plotting.source import compared
+
+    opened = Trace.open(trace)
+    source = compared(opened, comparison)
+    found = logit_map(opened, source)
+    path = _png(output, source.name, "logits")
+    draw_logits(found, path)
+    if json:
+        numbers = {"positions": int(found.compared.sum()), "flips": int(found.flips.sum()),
+                   "failing": int(found.failing.sum())}  # fmt: skip
+        print_json({"plot": path, "comparison": asdict(source), **numbers})
+        return
+    say(f"picture: {path}")
+
+
+def _plain(row: dict[str, Any]) -> dict[str, int | float]:
+    """Numpy's numbers as Python's."""
+    return {key: value.item() for key, value in row.items()}
 
 
 def _chosen(

@@ -54,7 +54,7 @@ class Grid:
     def spacing(self, values: FloatArray) -> FloatArray:
         """Unit in the last place at each value: the distance to the next larger magnitude."""
         _, exponent = np.frexp(values)
-        return np.ldexp(1.0, np.maximum(exponent - 1, self.least) - self.digits)
+        return np.asarray(np.ldexp(1.0, np.maximum(exponent - 1, self.least) - self.digits))
 
 
 def measure_rows(triple: Triple, grid: Grid) -> Columns:

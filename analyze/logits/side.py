@@ -123,7 +123,7 @@ class SideRows:
 def log_softmax(logits: FloatArray) -> FloatArray:
     """Log-probabilities over the last axis."""
     shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
 
 
 def jensen_shannon(p: FloatArray, log_p: FloatArray, log_q: FloatArray) -> FloatArray:
@@ -135,7 +135,7 @@ def jensen_shannon(p: FloatArray, log_p: FloatArray, log_q: FloatArray) -> Float
     d = np.clip(log_p - log_q, -_LARGEST, _LARGEST)
     first = p * np.log1p(np.expm1(-d) / 2.0)
     second = np.exp(log_q) * np.log1p(np.expm1(d) / 2.0)
-    return np.maximum(-0.5 * (first.sum(axis=1) + second.sum(axis=1)), 0.0)
+    return np.asarray(np.maximum(-0.5 * (first.sum(axis=1) + second.sum(axis=1)), 0.0))
 
 
 def most_likely(logits: FloatArray, k: int) -> IntArray:
@@ -153,7 +153,7 @@ def _squares(rows: FloatArray) -> FloatArray:
 
 
 def _dot(first: FloatArray, second: FloatArray) -> FloatArray:
-    return np.einsum("ij,ij->i", first, second)
+    return np.asarray(np.einsum("ij,ij->i", first, second))
 
 
 def _cosine(reference: FloatArray, norm_sq: FloatArray, other: FloatArray) -> FloatArray:
@@ -166,7 +166,7 @@ def _cosine(reference: FloatArray, norm_sq: FloatArray, other: FloatArray) -> Fl
 def _overlap(top: IntArray, logits: FloatArray) -> FloatArray:
     k, width = top.shape[1], logits.shape[1]
     least = np.partition(logits, width - k, axis=1)[:, width - k]
-    return (np.take_along_axis(logits, top, axis=1) >= least[:, None]).mean(axis=1)
+    return np.asarray((np.take_along_axis(logits, top, axis=1) >= least[:, None]).mean(axis=1))
 
 
 def _top_error(reference: ReferenceRows, errors: FloatArray, k: int | None) -> FloatArray:
@@ -176,4 +176,4 @@ def _top_error(reference: ReferenceRows, errors: FloatArray, k: int | None) -> F
         centred, errors = (np.take_along_axis(rows, chosen, axis=1) for rows in (centred, errors))
     scale = np.abs(centred).max(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.abs(errors).max(axis=1) / scale
+        return np.asarray(np.abs(errors).max(axis=1) / scale)
