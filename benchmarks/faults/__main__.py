@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import random
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ def main() -> None:
     """Run the benchmark; exit with 1 when a wanted figure is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", default=[], help="glob over target names")
-    parser.add_argument("--every", type=int, default=1, help="take every Nth target only")
+    parser.add_argument("--sample", type=int, help="so many targets only, drawn at random (with a fixed seed)")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--prompts", type=int, default=12, help="prompts per target")
     parser.add_argument("--outputs-only", action="store_true", help="record no inputs of modules")
@@ -35,15 +36,20 @@ def main() -> None:
     default = Path(tempfile.gettempdir()) / "tensorsleuth-fault-benchmark"
     parser.add_argument("--cache", type=Path, default=default, help="folder of trained checkpoints")
     arguments = parser.parse_args()
-    chosen = targets(arguments.only)[:: arguments.every]
+    chosen = targets(arguments.only)
+    random.Random(arguments.sample).shuffle(chosen) if arguments.sample else None
+    chosen = chosen[: arguments.sample]
     with tempfile.TemporaryDirectory(prefix="fault-benchmark-") as scratch:
         folder = arguments.keep or Path(scratch)
         settings = Settings(arguments.cache, folder, not arguments.outputs_only, arguments.prompts)
-        faults, clean, broken = run_all(chosen, settings, arguments.jobs, keep=arguments.keep is not None)
+
+        def after(faults: Sequence[Outcome], clean: Sequence[CleanOutcome]) -> None:
+            if arguments.json is not None:
+                write_json(arguments.json, faults, clean)
+
+        faults, clean, broken = run_all(chosen, settings, arguments.jobs, keep=arguments.keep is not None, after=after)
     found = scores(faults, clean)
     print("\n".join(score.line() for score in found))
-    if arguments.json is not None:
-        write_json(arguments.json, faults, clean)
     sys.exit(bool(broken) or any(missed(score.wanted, score.share) for score in found))
 
 

@@ -178,7 +178,13 @@ class Bench:
         model = self.port(torch.float32)
         fault.plant(model, severity)
         planted = observe(model, self.encoded, self.generation)
-        return truth_of(fault, effects(self._reference, self._baseline, planted))
+        found = effects(self._reference, self._baseline, planted)
+        return truth_of(fault, found, inputs=self.settings.inputs)
+
+    def noise_of(self, model: Any) -> float:
+        """The largest effect of an FP32 port that should compute the same as the reference."""
+        found = effects(self._reference, self._baseline, observe(model, self.encoded, self.generation))
+        return max(effect.size for effect in found)
 
     # What the analysis says
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tensorsleuth.capture.drive import observer_effect
-from tensorsleuth.capture.generate import Generation, padded
+from tensorsleuth.capture.generate import Generation, Padding, padded
 from tensorsleuth.capture.layout import layout_from_mask
 from tensorsleuth.capture.prompts import EncodedPrompt
 from tensorsleuth.capture.recorder import record
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .architectures import PAD, Architecture
-from .bench import BATCH, TARGET, Bench, Report
+from .bench import BATCH, TARGET, Bench, Driver, Report
 from .planting import epsilon_name, modules, norms
 from .port import Attention, attentions, make_port, row_parallel_projections
 
@@ -33,14 +31,26 @@ class Variant:
     Attributes:
         name: short name.
         summary: what is computed differently.
-        examine: records it and returns what the analysis says.
+        change: made to the port.
+        ranks, reduce: of the port, see `port.make_port`; 0 ranks leave the library's model as it is.
+        attention: the library's attention, where the port has none of its own.
+        batch_size, padding: how prompts are batched.
+        threads: threads that it runs on.
+        run: records it in another way than prefill and decode in batches.
         needs: features an architecture must have.
         without: features it must not have.
     """
 
     name: str
     summary: str
-    examine: Callable[[Bench, str], Report]
+    change: Callable[[Any], None] = lambda _: None
+    ranks: int = 2
+    reduce: str = "wide"
+    attention: str = "eager"
+    batch_size: int = BATCH
+    padding: Padding = "left"
+    threads: int = 1
+    run: Driver | None = None
     needs: str = ""
     without: str = ""
 
@@ -49,37 +59,29 @@ class Variant:
         needs, without = frozenset(self.needs.split()), frozenset(self.without.split())
         return needs <= architecture.features and not without & architecture.features
 
+    def model(self, bench: Bench, dtype: torch.dtype) -> Any:
+        """The port."""
+        model = bench.checkpoint.model(dtype)
+        if self.ranks == 0:
+            model.set_attn_implementation(self.attention)
+        else:
+            make_port(model, self.ranks, self.reduce)
+        self.change(model)
+        return model
 
-def _changed(change: Callable[[Any], None] = lambda _: None, **port: Any) -> Callable[[Bench, str], Report]:
-    """A port with a change."""
+    def generation(self) -> Generation:
+        """How prompts are batched."""
+        return Generation(batch_size=self.batch_size, padding=self.padding, pad_token=PAD)
 
-    def examine(bench: Bench, name: str) -> Report:
-        model = make_port(bench.checkpoint.model(torch.bfloat16), **port)
-        change(model)
-        return bench.examine(model, name)
-
-    return examine
-
-
-def _library(attention: str = "eager") -> Callable[[Bench, str], Report]:
-    """The library's own model."""
-
-    def examine(bench: Bench, name: str) -> Report:
-        model = bench.checkpoint.model(torch.bfloat16)
-        model.set_attn_implementation(attention)
-        return bench.examine(model, name)
-
-    return examine
-
-
-def _batched(generation: Generation) -> Callable[[Bench, str], Report]:
-    """A port that gets its prompts in other batches."""
-
-    def examine(bench: Bench, name: str) -> Report:
-        chosen = replace(bench.generation, batch_size=generation.batch_size, padding=generation.padding)
-        return bench.examine(bench.port(torch.bfloat16), name, generation=chosen)
-
-    return examine
+    def examine(self, bench: Bench, name: str) -> Report:
+        """Record it, and return what the analysis says."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            model = self.model(bench, torch.bfloat16)
+            return bench.examine(model, name, generation=self.generation(), run=self.run)
+        finally:
+            torch.set_num_threads(before)
 
 
 def _split_sum(chunks: int, *, reverse: bool = False) -> Callable[[Any], None]:
@@ -111,10 +113,15 @@ def _wide_scores(model: Any) -> None:
         attention.softmax_dtype = torch.float32
 
 
-def _scale_after(model: Any) -> None:
+def _scale_first(model: Any) -> None:
     for attention in attentions(model):
         attention.queries = lambda heads, scale=attention.scale: (heads.float() * scale).to(heads.dtype)
         attention.scale = 1.0
+
+
+def _scale_after(model: Any) -> None:
+    for attention in attentions(model):
+        attention.scale_scores = True
 
 
 def _wide_rotation(model: Any) -> None:
@@ -149,7 +156,8 @@ class _Blockwise(Attention):
             total = total * shrink + weights.sum(-1, keepdim=True)
             mixed = mixed * shrink + weights.to(value.dtype).float() @ value[:, :, span].float()
             top = new
-        return (mixed / total).to(value.dtype)
+        # A padding row sees no key at all.
+        return (mixed / total.clamp(min=1e-30)).to(value.dtype)
 
 
 def _blockwise(model: Any) -> None:
@@ -218,7 +226,7 @@ def _gated(mlp: Any, hidden: Tensor) -> Tensor:
     return down
 
 
-def _norm_order(late_cast: bool) -> Callable[[Any], None]:
+def _norm_order(*, late_cast: bool) -> Callable[[Any], None]:
     """The gain applied before (`late_cast`) or after the result is rounded; variance as a sum over n."""
 
     def change(model: Any) -> None:
@@ -237,7 +245,7 @@ def _normalised(norm: Any, hidden: Tensor, offset: bool, late_cast: bool) -> Ten
     return (scaled * gain).to(hidden.dtype) if late_cast else scaled.to(hidden.dtype) * gain.to(hidden.dtype)
 
 
-def _wide_mlp(model: Any) -> None:
+def _wide_activation(model: Any) -> None:
     for _path, mlp in modules(model, "mlp"):
         original = mlp.act_fn.forward
         mlp.act_fn.forward = lambda values, original=original: original(values.float()).to(values.dtype)
@@ -263,26 +271,6 @@ def _all_experts(block: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
 def _compiled(model: Any) -> None:
     for module in norms(model):
         module.forward = torch.compile(module.forward, dynamic=True)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _two_threads(bench: Bench, name: str) -> Report:
-    with _threads(2):
-        return bench.examine(bench.port(torch.bfloat16), name)
-
-
-def _chunked(bench: Bench, name: str) -> Report:
-    """Prefill in chunks of eleven columns, then decode."""
-    return bench.examine(bench.port(torch.bfloat16), name, run=_run_chunked)
 
 
 def _run_chunked(trace: Trace, model: Any, prompts: Sequence[EncodedPrompt], facts: dict[str, Any]) -> None:
@@ -336,35 +324,32 @@ def _chunks(model: Any, batch: Sequence[EncodedPrompt], first: int, recorder: An
         yield output.logits.clone()
 
 
-def _copy(bench: Bench, name: str) -> Report:
-    return bench.examine(copy.deepcopy(bench.checkpoint.model(torch.bfloat16)), name)
-
-
 VARIANTS = (
-    Variant("library", "The baseline's own model once more.", _copy),
-    Variant("sdpa", "The library's model with fused attention.", _library("sdpa"), without="sinks softcap"),
-    Variant("port-1", "The port on one rank.", _changed(ranks=1)),
-    Variant("port-2", "The port on two ranks, reduced in FP32.", _changed()),
-    Variant("port-4", "The port on four ranks, reduced in FP32.", _changed(ranks=4)),
-    Variant("port-2-narrow", "Two ranks, reduced in BF16.", _changed(ranks=2, reduce="narrow")),
-    Variant("port-4-narrow", "Four ranks, reduced in BF16.", _changed(ranks=4, reduce="narrow")),
-    Variant("split-k-8", "Row-parallel products in eight parts, accumulated in FP32.", _changed(_split_sum(8))),
-    Variant("split-k-reversed", "The same in reverse, sixteen parts.", _changed(_split_sum(16, reverse=True), ranks=1)),
-    Variant("wide-scores", "Scores and softmax in FP32.", _changed(_wide_scores)),
-    Variant("scale-queries", "Queries are scaled in FP32 and rounded before the product.", _changed(_scale_after)),
-    Variant("wide-rotation", "RoPE is applied in FP32.", _changed(_wide_rotation)),
-    Variant("blockwise", "Attention in blocks of keys with a running softmax.", _changed(_blockwise)),
-    Variant("fused-qkv", "One projection for Q, K and V.", _changed(_fused_qkv)),
-    Variant("fused-gate-up", "One projection for gate and up.", _changed(_fused_gate_up), needs="dense"),
-    Variant("norm-late-cast", "Norms round after the gain.", _changed(_norm_order(True))),
-    Variant("norm-early-cast", "Norms round before the gain.", _changed(_norm_order(False)), without="offset_norm"),
-    Variant("wide-activation", "The activation in FP32.", _changed(_wide_mlp), needs="dense"),
-    Variant("dense-experts", "All experts see all tokens.", _changed(_dense_experts), needs="split_experts"),
-    Variant("right-padding", "Padding on the right.", _batched(Generation(batch_size=BATCH, padding="right"))),
-    Variant("batch-1", "No batches, no padding.", _batched(Generation(batch_size=1))),
-    Variant("batch-4", "Other batches.", _batched(Generation(batch_size=4))),
-    Variant("batch-all", "One batch.", _batched(Generation(batch_size=64))),
-    Variant("chunked-prefill", "Prefill in chunks.", _chunked),
-    Variant("two-threads", "Two threads.", _two_threads),
-    Variant("compiled-norms", "Norms through torch.compile.", _changed(_compiled)),
+    Variant("library", "The baseline's own model once more.", ranks=0),
+    Variant("sdpa", "The library's model with fused attention.", ranks=0, attention="sdpa", without="sinks softcap"),
+    Variant("port-1", "The port on one rank.", ranks=1),
+    Variant("port-2", "The port on two ranks, reduced in FP32."),
+    Variant("port-4", "The port on four ranks, reduced in FP32.", ranks=4),
+    Variant("port-2-narrow", "Two ranks, reduced in BF16.", reduce="narrow"),
+    Variant("port-4-narrow", "Four ranks, reduced in BF16.", ranks=4, reduce="narrow"),
+    Variant("split-k-8", "Row-parallel products in eight parts, accumulated in FP32.", _split_sum(8), ranks=1),
+    Variant("split-k-reversed", "The same in reverse, sixteen parts.", _split_sum(16, reverse=True), ranks=1),
+    Variant("wide-scores", "Scores and softmax in FP32.", _wide_scores),
+    Variant("scale-queries", "Queries are scaled in FP32 and rounded before the product.", _scale_first),
+    Variant("scale-scores", "Scores are scaled after the product.", _scale_after),
+    Variant("wide-rotation", "RoPE is applied in FP32.", _wide_rotation),
+    Variant("blockwise", "Attention in blocks of keys with a running softmax.", _blockwise),
+    Variant("fused-qkv", "One projection for Q, K and V.", _fused_qkv),
+    Variant("fused-gate-up", "One projection for gate and up.", _fused_gate_up, needs="dense"),
+    Variant("norm-late-cast", "Norms round after the gain.", _norm_order(late_cast=True)),
+    Variant("norm-early-cast", "Norms round before the gain.", _norm_order(late_cast=False), without="offset_norm"),
+    Variant("wide-activation", "The activation in FP32.", _wide_activation, needs="dense"),
+    Variant("dense-experts", "All experts see all tokens.", _dense_experts, needs="split_experts"),
+    Variant("right-padding", "Padding on the right.", padding="right"),
+    Variant("batch-1", "No batches, no padding.", batch_size=1),
+    Variant("batch-4", "Other batches.", batch_size=4),
+    Variant("batch-all", "One batch.", batch_size=64),
+    Variant("chunked-prefill", "Prefill in chunks.", run=_run_chunked),
+    Variant("two-threads", "Two threads.", threads=2),
+    Variant("compiled-norms", "Norms through torch.compile.", _compiled),
 )

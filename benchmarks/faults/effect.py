@@ -144,9 +144,9 @@ class Truth:
     early: float
 
 
-def truth(fault: Fault, found: Iterable[Effect]) -> Truth:
-    """What the analysis would have to say about a planted bug."""
-    sites = list(found)
+def truth(fault: Fault, found: Iterable[Effect], *, inputs: bool = True) -> Truth:
+    """What the analysis would have to say about a planted bug; without `inputs`, from outputs of modules alone."""
+    sites = [effect for effect in found if inputs or effect.port == "output"]
     own = [effect for effect in sites if any(fnmatchcase(effect.module, pattern) for pattern in fault.own)]
     if not own:
         raise ValueError(f"no site matches {fault.own} of {fault.name}")

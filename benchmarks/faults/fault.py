@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ class Fault:
     Attributes:
         name: short name.
         summary: what is wrong, in a sentence.
-        cause: what a diagnosis has to call it, in the words of `causes.ACCEPTED`.
+        cause: what a diagnosis has to call it, in the words of `causes.ACCEPTED`; by severity where that matters.
         own: globs over module paths that the bug sits in or whose tensors it is the first to change.
         plant: puts it into a port.
         accept: module paths that name the place as well, with `{}` for the layer that shows it first.
@@ -30,13 +30,17 @@ class Fault:
 
     name: str
     summary: str
-    cause: str
+    cause: str | Mapping[Severity, str]
     own: tuple[str, ...]
     plant: Callable[[Any, Severity], None]
     accept: tuple[str, ...] = ()
     needs: str = ""
     without: str = ""
     severities: tuple[Severity, ...] = (None,)
+
+    def cause_of(self, severity: Severity) -> str:
+        """What a diagnosis has to call it."""
+        return self.cause if isinstance(self.cause, str) else self.cause[severity]
 
     def applies_to(self, architecture: Architecture) -> bool:
         """Whether the architecture has what the bug needs."""

@@ -12,12 +12,19 @@ from torch.nn import functional
 from .port import Step
 
 Model = Any
+#: The layer of bugs that sit in one layer only.
 ONE_LAYER = 1
+LAYER = f"model.layers.{ONE_LAYER}"
 
 
 def modules(model: Model, *names: str) -> Iterator[tuple[str, Any]]:
     """Modules whose last path element is one of the names, in order."""
     return ((path, module) for path, module in model.named_modules() if path.rpartition(".")[2] in names)
+
+
+def attention_part(name: str) -> tuple[str, ...]:
+    """A module of the one layer's attention, as a fault's own place."""
+    return (f"{LAYER}.self_attn.{name}",)
 
 
 def norms(model: Model) -> list[Any]:

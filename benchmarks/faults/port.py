@@ -52,6 +52,8 @@ class Attention:
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
         self.scale: float = module.scaling  # type: ignore[assignment]
+        #: Multiply the scores instead of the queries.
+        self.scale_scores = False
         self.softcap: float | None = getattr(module, "attn_logit_softcapping", None)
         self.sinks: Tensor | None = getattr(module, "sinks", None)
         self.rotate: Rotate = rotate_halves
@@ -95,7 +97,10 @@ class Attention:
         key, value = self.repeat(key, times), self.repeat(value, times)
         if self.scores_dtype is not None:
             query, key = query.to(self.scores_dtype), key.to(self.scores_dtype)
-        scores = (query * self.scale) @ key.transpose(2, 3)
+        if self.scale_scores:
+            scores = (query @ key.transpose(2, 3)) * self.scale
+        else:
+            scores = (query * self.scale) @ key.transpose(2, 3)
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         if mask is not None:

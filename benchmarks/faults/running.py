@@ -6,7 +6,7 @@ import dataclasses
 import multiprocessing
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from fnmatch import fnmatchcase
 from functools import cache
@@ -21,8 +21,11 @@ from .block_faults import BLOCK_FAULTS
 from .clean_variants import VARIANTS
 from .fault import Fault, label
 from .scoring import CleanOutcome, Outcome, judge, judge_clean
+from .weight_faults import WEIGHT_FAULTS
 
-FAULTS: dict[str, Fault] = {fault.name: fault for fault in (*ATTENTION_FAULTS, *BLOCK_FAULTS)}
+#: Called after every target with all outcomes so far.
+After = Callable[[Sequence[Outcome], Sequence[CleanOutcome]], None]
+FAULTS: dict[str, Fault] = {fault.name: fault for fault in (*ATTENTION_FAULTS, *WEIGHT_FAULTS, *BLOCK_FAULTS)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +88,7 @@ def run(target: Target, settings: Settings, keep: bool) -> Outcome | CleanOutcom
         model = bench.port(torch.bfloat16)
         fault.plant(model, severity)
         report = bench.examine(model, name)
-        outcome = judge(target.architecture, fault, target.severity, expected, report)
+        outcome = judge(target.architecture, fault, severity, expected, report)
         good = is_right(outcome)
     if good or not keep:
         shutil.rmtree(report.folder, ignore_errors=True)
@@ -114,7 +117,7 @@ def line(outcome: Outcome | CleanOutcome) -> str:
 
 
 def run_all(
-    chosen: Sequence[Target], settings: Settings, jobs: int, *, keep: bool
+    chosen: Sequence[Target], settings: Settings, jobs: int, *, keep: bool, after: After
 ) -> tuple[list[Outcome], list[CleanOutcome], list[str]]:
     """Run targets in processes and print a line for each; the names of those that could not be run come last."""
     faults: list[Outcome] = []
@@ -137,4 +140,5 @@ def run_all(
             passed = time.perf_counter() - started
             left = passed / number * (len(chosen) - number)
             print(f"{number:4}/{len(chosen)} {left / 60:4.0f} min left  {line(outcome)}", flush=True)
+            after(faults, clean)
     return faults, clean, broken

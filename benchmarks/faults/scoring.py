@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .bench import Report
 from .causes import accepted, class_of_size, published_class
 from .effect import Truth
+from .fault import Fault, Severity, label
 
 TAU_R = 1.2
 UNNAMED = frozenset({"", "unknown", "inherited"})
@@ -102,21 +102,22 @@ class CleanOutcome:
     folder: str
 
 
-def judge(architecture: str, fault: Any, severity: str, expected: Truth, report: Report) -> Outcome:
+def judge(architecture: str, fault: Fault, severity: Severity, expected: Truth, report: Report) -> Outcome:
     """Hold a report against what was planted."""
     right = [
         number
         for number, suspect in enumerate(report.suspects, 1)
         if suspect.module in expected.origins and suspect.phase == expected.phase
     ]
+    cause = fault.cause_of(severity)
     first = report.suspects[0] if report.suspects else None
     finding = report.findings[0] if report.findings else None
     primary = published_primary(report)
     return Outcome(
         architecture=architecture,
         fault=fault.name,
-        severity=severity,
-        cause=fault.cause,
+        severity=label(severity),
+        cause=cause,
         visible=expected.visible,
         size=expected.size,
         phase=expected.phase,
@@ -127,11 +128,11 @@ def judge(architecture: str, fault: Any, severity: str, expected: Truth, report:
         first=f"{first.site} ({first.phase})" if first else "",
         named=finding.cause if finding else "",
         confidence=finding.confidence if finding else 0.0,
-        cause_right=finding is not None and accepted(fault.cause, finding.cause),
+        cause_right=finding is not None and accepted(cause, finding.cause),
         published_detected=any(exceeds(row[2]) for row in report.measured),
         published_primary=f"{primary[0]} ({primary[1]})" if primary else "",
         published_origin_right=primary is not None and primary[0] in expected.origins and primary[1] == expected.phase,
-        published_class_right=primary is not None and class_of_size(primary[2]) == published_class(fault.cause),
+        published_class_right=primary is not None and class_of_size(primary[2]) == published_class(cause),
         errors=report.errors,
         seconds=report.seconds,
         folder=report.folder,
