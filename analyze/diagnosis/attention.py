@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy.optimize import minimize_scalar
 
 from ..sites import Site, SiteInfo
 from . import attention_law as law
@@ -14,6 +16,8 @@ from .inputs import InputVariant
 from .runs import FloatArray
 from .scene import Scene, View
 
+#: Prompts to which a scale is fitted, and how near to the right one (in logarithms) it counts as right.
+_FITTED_PROMPTS, _SAME_SCALE = 4, 5e-3
 _OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 #: The names under which queries, keys and values are found, the last that is recorded first.
 _QUERIES = ("q_norm", "q_layernorm", "q_proj", "wq")
@@ -52,6 +56,32 @@ class Attended:
             yield InputVariant(cause, _all(replace(self.settings, **changes), sequences), summary, remedy, facts)
 
 
+def fitted_scale(
+    source: Attended, view: View, project: Callable[[FloatArray], FloatArray]
+) -> Iterator[tuple[FloatArray, float]]:
+    """The scale of the scores that explains the target best, and what it predicts: `[tokens, features]`.
+
+    Args:
+        source: attention as the reference computes it.
+        view: where its inputs come from.
+        project: what follows the attention, from all heads to the suspect.
+    """
+    sequences = _sequences(source, view)
+    if sequences is None:
+        return
+    few = sequences[:_FITTED_PROMPTS]
+    target = view.scene.target[: sum(len(sequence.query) for sequence in few)]
+
+    def misfit(log_ratio: float) -> float:
+        settings = replace(source.settings, scale=source.settings.scale * math.exp(log_ratio))
+        return float(np.linalg.norm(project(_all(settings, few)) - target))
+
+    found = minimize_scalar(misfit, bounds=(-1.0, 1.0), method="bounded", options={"xatol": 1e-3})
+    scale = source.settings.scale * math.exp(float(found.x))
+    if abs(float(found.x)) > _SAME_SCALE:
+        yield project(_all(replace(source.settings, scale=scale), sequences)), scale
+
+
 def attention_sources(scene: Scene) -> Iterator[Attended]:
     """Attention as the reference may compute it, if the suspect is an output projection of one."""
     parent, _, leaf = scene.site.module.rpartition(".")
@@ -76,11 +106,18 @@ def attention_sources(scene: Scene) -> Iterator[Attended]:
     parameters = scene.runs.parameters.items()
     sinks = next((value for (module, name), value in parameters if module == parent and "sink" in name), None)
     rotations = (law.HALF, law.PAIRS) if rotary else (law.UNROTATED,)
+    once = rotary is not None and (scene.runs.sites[rotary[0].name].features or 0) * 2 == (config.rotary_dim or 0)
     for scale in scales:
         for rotation in rotations:
             for window in dict.fromkeys((config.sliding_window, None)):
                 settings = law.Attention(
-                    shape, scale, config.number("attn_logit_softcapping"), sinks, window=window, rotation=rotation
+                    shape,
+                    scale,
+                    config.number("attn_logit_softcapping"),
+                    sinks,
+                    window=window,
+                    rotation=rotation,
+                    once=once,
                 )
                 yield Attended(query.site, key.site, value.site, rotary, settings, parent)
 
@@ -233,6 +270,16 @@ def _rotations(right: law.Attention) -> Iterator[Mistake]:
         f"pair {names[right.rotation]}, or permute the rows of q_proj and k_proj accordingly",
         {"rotation": other},
     )
+    size = right.shape.head_dim
+    for rotated, strided in ((size // 2, False), (size // 2, True), (size // 4, False), (size // 4, True)):
+        if right.rotation == law.HALF and rotated >= 4 and not right.once:
+            yield (
+                "rope_partial",
+                {"rotated": rotated, "strided": strided},
+                f"only {rotated} of {size} dimensions of a head are rotated",
+                "rotate head_dim * partial_rotary_factor dimensions",
+                {"rotated": rotated},
+            )
     remedy = "rotate queries and keys by their own positions, once"
     yield "rope_missing", {"rotation": law.UNROTATED}, "queries and keys are not rotated", remedy, {}
     yield "rope_direction", {"rotation": law.BACKWARDS}, "queries and keys are rotated backwards", remedy, {}

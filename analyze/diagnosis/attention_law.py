@@ -45,6 +45,9 @@ class Attention:
         decoded: what became of the keys and values that decode steps write: `kept`, `zero_keys`, `zero_values`, `zero`,
             `unseen` (nobody but their own token sees them) or `own_unseen` (their own token does not see them).
         low: a dtype to which scores and weights are rounded, or None.
+        rotated: leading dimensions of a head that are rotated, None for as many as cosine and sine have.
+        strided: with `rotated`, frequencies are spread over these dimensions instead of cut off.
+        once: cosine and sine are given once per pair of dimensions.
     """
 
     shape: Shape
@@ -60,6 +63,9 @@ class Attention:
     forget: int = 0
     decoded: str = "kept"
     low: object = None
+    rotated: int | None = None
+    strided: bool = False
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,8 @@ def attend(law: Attention, sequence: Sequence) -> FloatArray:
     key = sequence.key.reshape(len(sequence.key), shape.kv_heads, shape.head_dim)
     value = sequence.value.reshape(key.shape)
     if sequence.cos is not None and sequence.sin is not None and law.rotation != UNROTATED:
-        query = _rotate(query, sequence, sequence.positions + law.query_shift, law.rotation)
-        key = _rotate(key, sequence, np.arange(len(key)) + law.key_shift, law.rotation)
+        query = _rotate(query, sequence, sequence.positions + law.query_shift, law)
+        key = _rotate(key, sequence, np.arange(len(key)) + law.key_shift, law)
     decoded = np.arange(len(key)) >= sequence.prompt_length
     if law.decoded in ("zero_keys", "zero"):
         key = np.where(decoded[:, None, None], 0.0, key)
@@ -143,18 +149,30 @@ def _rounded(values: FloatArray, law: Attention) -> FloatArray:
     return np.asarray(values.astype(ml_dtypes.bfloat16 if law.low == "bfloat16" else np.float16).astype(np.float64))
 
 
-def _rotate(heads: FloatArray, sequence: Sequence, at: IntArray, rotation: str) -> FloatArray:
-    """Turn `[tokens, n, head_dim]` by the angles of positions; what lies outside is clipped to the ends."""
+def _rotate(heads: FloatArray, sequence: Sequence, at: IntArray, law: Attention) -> FloatArray:
+    """Turn `[tokens, n, head_dim]` by the angles of positions; positions outside are clipped to the ends."""
     if sequence.cos is None or sequence.sin is None:
         return heads
     rows = np.clip(at, 0, len(sequence.cos) - 1)
-    cos, sin = sequence.cos[rows][:, None], sequence.sin[rows][:, None]
-    width = min(cos.shape[-1], heads.shape[-1])
+    cos, sin = _angles(sequence.cos[rows], heads, law), _angles(sequence.sin[rows], heads, law)
+    width = cos.shape[-1]
     turned, rest = heads[..., :width], heads[..., width:]
-    if rotation == PAIRS:
+    if law.rotation == PAIRS:
         other = np.stack([-turned[..., 1::2], turned[..., ::2]], axis=-1).reshape(turned.shape)
     else:
         left, right = np.split(turned, 2, axis=-1)
         other = np.concatenate([-right, left], axis=-1)
-    sign = -1.0 if rotation == BACKWARDS else 1.0
+    sign = -1.0 if law.rotation == BACKWARDS else 1.0
     return np.concatenate([turned * cos + sign * other * sin, rest], axis=-1)
+
+
+def _angles(values: FloatArray, heads: FloatArray, law: Attention) -> FloatArray:
+    """Cosine or sine for the rotated dimensions, `[tokens, 1, rotated]`, given once per pair or once per dimension."""
+    size = heads.shape[-1]
+    if values.shape[-1] * 2 <= size and law.rotated is None and law.once:
+        values = np.repeat(values, 2, axis=-1) if law.rotation == PAIRS else np.concatenate([values, values], axis=-1)
+    if law.rotated is not None and law.rotated < values.shape[-1]:
+        half = values[:, : values.shape[-1] // 2]
+        kept = half[:, :: half.shape[1] // (law.rotated // 2)] if law.strided else half[:, : law.rotated // 2]
+        values = np.concatenate([kept, kept], axis=-1)
+    return np.asarray(values[:, None, : min(values.shape[-1], size)])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ...store.progress import Progress, no_progress
 from ...store.trace import Trace
-from . import activations, factors, linear, norms, places, residual, rotary, whole
+from . import activations, factors, linear, norms, output, places, residual, rotary, routing, whole
 from .causes import entry_of
 from .finding import Finding, keep
 from .hypothesis import INHERITED, Family, Prediction, Scored, score
 from .origins import Origin, origins
+from .precision import over_precise
 from .ranking import UNKNOWN, Decision, decide
 from .runs import ComparedRuns, Counterpart
 from .scene import Scene
@@ -23,9 +25,17 @@ FAMILIES: tuple[Family, ...] = (
     *activations.FAMILIES,
     *linear.FAMILIES,
     *residual.FAMILIES,
+    *routing.FAMILIES,
+    *output.FAMILIES,
     *places.FAMILIES,
     *factors.FAMILIES,
 )
+
+
+_ALSO_COMPARED = """
+SELECT target_site FROM measurements
+WHERE comparison = ? AND site = ? AND phase = ? AND target_site <> ? AND prompt IS NULL AND verdict = 'pass'
+"""
 
 
 def diagnose(trace: Trace, comparison: str, *, progress: Progress = no_progress) -> list[Finding]:
@@ -44,6 +54,7 @@ def diagnose(trace: Trace, comparison: str, *, progress: Progress = no_progress)
         if finding is not None:
             findings.append(finding)
         trace.release_pages()
+    findings += over_precise(runs, len(findings) + 1)
     keep(trace, comparison, findings)
     return findings
 
@@ -57,9 +68,26 @@ def _examine(runs: ComparedRuns, origin: Origin, rank: int) -> Finding | None:
     broken = whole.broken(scene)
     if broken is not None:
         return _finding(runs, origin, rank, broken, {"where": where(scene)})
-    decision = decide(scene.error, scores(scene))
+    decision = _refined(runs, origin, decide(scene.error, scores(scene)))
     evidence = {"where": where(scene), "weights": weights(scene), **_evidence(decision)}
     return _finding(runs, origin, rank, decision, evidence)
+
+
+def _refined(runs: ComparedRuns, origin: Origin, decision: Decision) -> Decision:
+    """Two projections exchanged while the fused product that holds both is right: it is split in another order."""
+    if decision.cause != "exchanged_projections" or decision.best is None:
+        return decision
+    right = runs.trace.query(_ALSO_COMPARED, [runs.comparison, origin.site, origin.phase, origin.target_site])
+    if not right.num_rows:
+        return decision
+    fused = right.to_pylist()[0]["target_site"]
+    prediction = replace(
+        decision.best.prediction,
+        cause="split_order",
+        summary=f"{decision.best.prediction.summary}, though {fused} is right: it is split in another order",
+        remedy="split the fused product in the order in which the conversion stacks the weights",
+    )
+    return replace(decision, cause="split_order", best=replace(decision.best, prediction=prediction))
 
 
 def open_scene(runs: ComparedRuns, origin: Origin) -> Scene:

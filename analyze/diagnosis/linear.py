@@ -10,12 +10,12 @@ from itertools import islice
 import ml_dtypes
 import numpy as np
 
-from .attention import attention_sources
+from .attention import Attended, attention_sources, fitted_scale
 from .gated import gated_sources
 from .hypothesis import DESCRIPTION, INHERITED, Prediction
 from .inputs import Source, agrees, best_view, earlier, find_source, sources
 from .runs import FloatArray
-from .scene import Scene
+from .scene import Scene, View
 
 #: Tokens per input feature from which on a weight may be estimated from the reference's inputs and outputs.
 _TOKENS_PER_FEATURE = 1.05
@@ -67,10 +67,30 @@ def linear(scene: Scene) -> Iterator[Prediction]:
         yield from _parts(scene, law, x)
         yield from _weights(scene, law, x)
         yield from _quantised(scene, law, x)
+    if isinstance(source, Attended):
+        yield from _scale(scene, source, view, law)
     for variant in source.variants(view):
         if variant.rows.shape == x.shape:
             values = law(variant.rows) if law else variant.rows
             yield Prediction(variant.cause, values, variant.summary, variant.remedy, parameters=variant.parameters)
+
+
+def _scale(scene: Scene, source: Attended, view: View, law: Linear | None) -> Iterator[Prediction]:
+    """Any other scale of the scores."""
+    right = source.settings.scale
+    for values, scale in fitted_scale(source, view, law or (lambda x: x)):
+        yield Prediction(
+            "attention_scale",
+            values,
+            f"scores are scaled by {scale:.4g}, {scale / right:.4g} times what they should be",
+            f"scale the scores by {right:.6g} once",
+            fitted=1,
+            parameters={
+                "scale": scale,
+                "expected": right,
+                "ratio_equals": scene.runs.config.name_factor(scale / right, 1e-2),
+            },
+        )
 
 
 def _composed(scene: Scene) -> list[Source]:

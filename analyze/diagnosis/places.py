@@ -130,6 +130,8 @@ def other_site(scene: Scene) -> Iterator[Prediction]:
 
 def other_token(scene: Scene) -> Iterator[Prediction]:
     """The target holds what belongs to a token some positions before or after."""
+    if "rotary" in scene.site.module.lower():  # there a token is its position, which `rotary` tests
+        return
     sequences = scene.view(REFERENCE).sequences(scene.site)
     if sequences is None or (scene.positions < 0).any():
         return

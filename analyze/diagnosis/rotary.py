@@ -37,6 +37,8 @@ class Rotary:
         layout: `half`: frequencies 0, 1, ... twice; `pairs`: every frequency twice in a row; `once`: not repeated.
         shift: added to every position.
         low: a dtype in which positions and frequencies are multiplied, or None.
+        frequency_dim: dimensions over which the frequencies are spread, if not `dim`.
+        narrow: a dtype to which cosine and sine are cast before they are multiplied, or None.
     """
 
     dim: int
@@ -46,11 +48,13 @@ class Rotary:
     layout: str
     shift: float = 0.0
     low: Any = None
+    frequency_dim: int | None = None
+    narrow: Any = None
 
     def frequencies(self) -> FloatArray:
         """Radians per position, `[dim / 2]`."""
         pairs = np.arange(self.dim // 2)
-        plain = self.base ** (-2.0 * pairs / self.dim)
+        plain = self.base ** (-2.0 * pairs / (self.frequency_dim or self.dim))
         kind, factor = self.scaling.get("rope_type", "default"), float(self.scaling.get("factor") or 1.0)
         if kind == "linear":
             return np.asarray(plain / factor)
@@ -72,7 +76,11 @@ class Rotary:
             angles = np.concatenate([angles, angles], axis=1)
         elif self.layout == _PAIRS:
             angles = np.repeat(angles, 2, axis=1)
-        return np.asarray((np.sin(angles) if sine else np.cos(angles)) * self.multiplier)
+        values = np.sin(angles) if sine else np.cos(angles)
+        if self.narrow is not None:
+            product = values.astype(self.narrow) * np.asarray(self.multiplier).astype(self.narrow)
+            return np.asarray(product.astype(np.float64))
+        return np.asarray(values * self.multiplier)
 
 
 def _llama3(plain: FloatArray, factor: float, scaling: dict[str, Any]) -> FloatArray:
@@ -194,6 +202,16 @@ def _variants(scene: Scene, law: Rotary, sine: bool) -> Iterator[_Variant]:
             {},
             0,
         )
+    for dim in dict.fromkeys((scene.runs.config.head_dim or law.dim, 2 * law.dim, law.dim // 2)):
+        if dim != law.dim:
+            yield (
+                replace(law, frequency_dim=dim),
+                "rope_partial",
+                f"the frequencies are those of {dim} rotated dimensions, not {law.dim}",
+                "compute inv_freq for the rotated dimensions (head_dim * partial_rotary_factor)",
+                {"dimensions": dim, "expected": law.dim},
+                0,
+            )
     for low in (ml_dtypes.bfloat16, np.float16):
         name = np.dtype(low).name
         yield (
@@ -204,6 +222,15 @@ def _variants(scene: Scene, law: Rotary, sine: bool) -> Iterator[_Variant]:
             {"dtype": name},
             0,
         )
+        if law.multiplier != 1.0:
+            yield (
+                replace(law, narrow=low),
+                "rope_late_scaling",
+                f"cosine and sine are cast to {name} before they are multiplied by {law.multiplier:.5g}",
+                "multiply in float32, then cast",
+                {"dtype": name, "multiplier": law.multiplier},
+                0,
+            )
 
 
 def _bases(scene: Scene, law: Rotary, sine: bool) -> Iterator[_Variant]:
