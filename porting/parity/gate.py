@@ -8,13 +8,15 @@ trace, so that what fails can be looked into afterwards.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ...analyze.compare import ComparisonRequest, ComparisonSummary, compare
+from ...analyze.sites import sites_of
 from ...analyze.sql_library import run_sql
 from ...analyze.verdict import FAIL, PASS, UNDECIDED, Thresholds
 from ...capture.generate import Generation
@@ -22,6 +24,7 @@ from ...capture.hf import ModelSource, load_config
 from ...capture.hf_run import HuggingFaceCapture, capture_hugging_face
 from ...capture.nxdi.run import NxdiCapture, capture_on_cpu
 from ...capture.prompts import PromptInput
+from ...capture.selection import Selection
 from ...store.errors import CaptureError, InputError
 from ...store.progress import Progress, no_progress
 from ...store.trace import Trace
@@ -30,6 +33,7 @@ from ..generator.generate import Port, generate, write_port
 from ..spec.architecture import Architecture
 from ..spec.extract import analyse_model
 from ..spec.hostile import hostile_model
+from .components import component_mapping_text
 
 #: Largest relative L2 distance of a site in FP32.
 TOLERANCE = 1e-5
@@ -135,11 +139,14 @@ def check_model(
     seconds = time.perf_counter() - started
     config = load_config(ModelSource(model)).get_text_config()
     file = write_port(port, folder)
-    checks, trace = check_port(config, f"{file}:{port.class_name}", folder, settings, seed=seed, progress=progress)
+    checks, trace = check_port(
+        architecture, config, f"{file}:{port.class_name}", folder, settings, seed=seed, progress=progress
+    )
     return GateReport(architecture, port, file, trace, checks, seconds)
 
 
 def check_port(
+    architecture: Architecture,
     config: object,
     port: str,
     folder: Path,
@@ -151,6 +158,7 @@ def check_port(
     """Check a port file against the model of a configuration.
 
     Args:
+        architecture: the model's description.
         config: the model's configuration; a small, hostile one is made of it.
         port: the port's class as FILE:CLASS.
         folder: receives checkpoint and trace.
@@ -176,25 +184,43 @@ def check_port(
     steps = len(settings) + 2
     progress("reference", 0, steps)
     generation = Generation(new_tokens=_DECODED + 1, batch_size=batch)
+    selection = Selection(exclude=tuple(_without_effect(model)))
     capture_hugging_face(
-        trace, HuggingFaceCapture(source, REFERENCE, "reference", prompts=prompts, generation=generation)
+        trace,
+        HuggingFaceCapture(source, REFERENCE, "reference", prompts=prompts, generation=generation, selection=selection),
     )
     if any(setting.dtype == "bfloat16" for setting in settings):
         progress("baseline", 1, steps)
         capture_hugging_face(
             trace,
             HuggingFaceCapture(
-                source, BASELINE, "baseline", "bfloat16", teacher=REFERENCE, generation=Generation(batch_size=batch)
+                source,
+                BASELINE,
+                "baseline",
+                "bfloat16",
+                teacher=REFERENCE,
+                generation=Generation(batch_size=batch),
+                selection=selection,
             ),
         )
+    recorded = {(info.site.module, info.site.slot) for info in sites_of(trace, REFERENCE)}
+    mapping = folder / "component_mapping.json"
+    mapping.write_text(component_mapping_text(architecture, model.config.num_hidden_layers, recorded))
     checks = []
     for number, setting in enumerate(settings):
         progress(setting.run, number + 2, steps)
-        checks.append(_check(trace, checkpoint, port, setting, batch))
+        checks.append(_check(trace, checkpoint, port, mapping, setting, batch))
     return tuple(checks), trace.path
 
 
-def _check(trace: Trace, checkpoint: Path, port: str, setting: Setting, batch: int) -> Check:
+def _without_effect(model: torch.nn.Module) -> Iterator[str]:
+    """Modules that return what they are given: ports leave them out."""
+    for path, module in model.named_modules():
+        if isinstance(module, (torch.nn.Dropout, torch.nn.Identity)):
+            yield path
+
+
+def _check(trace: Trace, checkpoint: Path, port: str, mapping: Path, setting: Setting, batch: int) -> Check:
     started = time.perf_counter()
     request = NxdiCapture(
         checkpoint,
@@ -220,6 +246,7 @@ def _check(trace: Trace, checkpoint: Path, port: str, setting: Setting, batch: i
             None if in_fp32 else BASELINE,
             name=setting.run,
             thresholds=Thresholds(relative_l2=TOLERANCE) if in_fp32 else Thresholds(),
+            mapping=mapping,
         ),
     )
     return _described(trace, setting, summary, time.perf_counter() - started)

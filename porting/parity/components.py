@@ -1,0 +1,76 @@
+"""Which modules of a port hold the values of which modules of its model: what the generator knows beyond names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from ..generator.conversion import block_names
+from ..spec.architecture import Architecture
+
+_WEIGHTS = "the port returns no attention weights"
+_LOGITS = "the port scales or bounds logits in its projection"
+
+
+def component_mapping(spec: Architecture, n_layers: int, recorded: Collection[tuple[str, str]]) -> dict[str, Any]:
+    """A component mapping for a comparison of the model with its port.
+
+    Args:
+        spec: the architecture.
+        n_layers: layers of the model that was run.
+        recorded: module and slot of every site that the reference has.
+
+    Returns:
+        The document of a component_mapping.json; entries whose source was not recorded are left out.
+    """
+    modules = {module for module, _ in recorded}
+    entries, reasons = [], []
+    for source, target, reason in _pairs(spec, n_layers):
+        slot = source.partition("[")[2].rstrip("]")
+        known = (source.partition("[")[0], slot) in recorded if slot else source in modules
+        if known:
+            entries.append([[source], [target] if target else []])
+            reasons.append(reason)
+    return {"mapping_size": len(entries), "component_mapping": entries, "variables": {}, "reasoning": reasons}
+
+
+def component_mapping_text(spec: Architecture, n_layers: int, recorded: Collection[tuple[str, str]]) -> str:
+    """The same as JSON."""
+    return json.dumps(component_mapping(spec, n_layers, recorded), indent=1)
+
+
+def _pairs(spec: Architecture, n_layers: int) -> Iterator[tuple[str, str, str]]:
+    """Source, target (empty for none) and why."""
+    head = spec.head
+    yield spec.embedding.module, "embed_tokens", "the embedding"
+    if spec.embedding.positions is not None:
+        module = spec.embedding.positions.module
+        yield module, module.rpartition(".")[2], "learned positions"
+    yield head.norm_module, "norm", "the final norm"
+    changed = head.scale is not None or head.softcap is not None
+    yield (head.module, "", _LOGITS) if changed else (head.module, "lm_head", "the projection to logits")
+    for layer in range(n_layers):
+        source, target = f"{spec.layer.path}.{layer}", f"layers.{layer}"
+        yield source, target, "the layer"
+        for named in spec.layer.norms:
+            yield f"{source}.{named.name}", f"{target}.{named.name}", "a norm"
+        attention = spec.attention.module
+        yield f"{source}.{attention}[1]", "", _WEIGHTS
+        yield f"{source}.{attention}.{spec.attention.output}", f"{target}.{attention}.o_proj", "the output projection"
+        yield from _of_block(spec, source, target)
+
+
+def _of_block(spec: Architecture, source: str, target: str) -> Iterator[tuple[str, str, str]]:
+    block = spec.feed_forward[0].block
+    if block.module:
+        source, target = f"{source}.{block.module}", f"{target}.{block.module}"
+        yield source, target, "the feed-forward block"
+    else:
+        target = f"{target}.mlp"
+    names = block_names(block)
+    yield f"{source}.{block.down}", f"{target}.{names[-1]}", "its output"
+    if block.layout == "separate":
+        if block.gate:
+            yield f"{source}.{block.gate}", f"{target}.{names[0]}", "its gate"
+        yield f"{source}.{block.up}", f"{target}.{names[-2]}", "its other factor"

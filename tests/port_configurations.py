@@ -1,0 +1,66 @@
+"""Architectures whose ports are tested, each by a configuration of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+_LONGROPE = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+_BIASES = {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 8, "tie_word_embeddings": True}
+_PHI3_LONG = {
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "rope_scaling": _LONGROPE,
+}
+
+#: Model type, and what differs from its default configuration.
+CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"rope_theta": 500000.0, "rope_scaling": _LLAMA3}),
+    "llama-linear": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "llama-yarn": ("llama", {"rope_scaling": _YARN}),
+    "llama-biases": ("llama", _BIASES),
+    "qwen2": ("qwen2", {"num_key_value_heads": 4}),
+    "qwen3": ("qwen3", {"num_key_value_heads": 8}),
+    "mistral": ("mistral", {"head_dim": 128}),
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", {}),
+    "gemma3": ("gemma3_text", {}),
+    "phi": ("phi", {}),
+    "phi3": ("phi3", _PHI3_LONG),
+    "granite": ("granite", {}),
+    "cohere": ("cohere", {"use_qk_norm": True}),
+    "cohere2": ("cohere2", {}),
+    "glm": ("glm", {}),
+    "glm4": ("glm4", {}),
+    "stablelm": ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}),
+    "stablelm-norms": ("stablelm", {"qk_layernorm": True}),
+    "starcoder2": ("starcoder2", {}),
+    "gpt_neox": ("gpt_neox", {}),
+    "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
+    "gpt2": ("gpt2", {}),
+    "opt": ("opt", {}),
+    "falcon": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 8}),
+    "falcon-multi-query": ("falcon", {"multi_query": True}),
+    "smollm3": ("smollm3", {}),
+    "ernie4_5": ("ernie4_5", {}),
+    "helium": ("helium", {}),
+    "olmo": ("olmo", {}),
+    "olmo2": ("olmo2", {}),
+}
+
+
+def configuration(name: str) -> PretrainedConfig:
+    """The configuration of an architecture."""
+    model_type, changes = CONFIGURATIONS[name]
+    config: PretrainedConfig = CONFIG_MAPPING[model_type](**changes).get_text_config()
+    return config
