@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-
-_Value = TypeVar("_Value")
 
 
 def tensor_slots(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -32,24 +30,23 @@ def tensor_slots(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tens
             yield from tensor_slots(item, _join(prefix, names[index] if names else str(index)))
 
 
-def with_tensors(value: _Value, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> _Value:
+def with_tensors(value: Any, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> Any:
     """The same nested value with other tensors in some slots, named as `tensor_slots` names them."""
-    found: Any = value
     if isinstance(value, torch.Tensor):
-        return tensors.get(prefix, found)
+        return tensors.get(prefix, value)
     if not any(slot == prefix or slot.startswith(f"{prefix}.") or not prefix for slot in tensors):
         return value
     if isinstance(value, Mapping):
         items = {key: with_tensors(item, tensors, _join(prefix, str(key))) for key, item in value.items()}
-        return type(found)(**items) if dataclasses.is_dataclass(value) else type(found)(items)
+        return type(value)(**items) if dataclasses.is_dataclass(value) else type(value)(items)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value)]
         changed = {name: with_tensors(getattr(value, name), tensors, _join(prefix, name)) for name in names}
-        return dataclasses.replace(found, **changed)
+        return dataclasses.replace(value, **changed)
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         names = getattr(value, "_fields", None) or [str(index) for index in range(len(value))]
-        parts = [with_tensors(item, tensors, _join(prefix, name)) for item, name in zip(found, names, strict=True)]
-        return type(found)(*parts) if hasattr(value, "_fields") else type(found)(parts)
+        parts = [with_tensors(item, tensors, _join(prefix, name)) for item, name in zip(value, names, strict=True)]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 
 

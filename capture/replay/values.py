@@ -148,7 +148,7 @@ class MappedValues:
                 values[np.ix_(place, columns)] = rows[place + positions.start - span.start]
                 filled[np.ix_(place, columns)] = True
                 done[place] = True
-        known = filled.all(1)
+        known: npt.NDArray[np.bool_] = np.all(filled, axis=1)
         return None if values is None or not known.any() else (values, known)
 
     def _covering(self, site: Site, prompt: int, positions: range) -> Iterable[tuple[range, Stored]]:
