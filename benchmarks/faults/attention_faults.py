@@ -145,6 +145,7 @@ def _masks(model: Any, **arguments: Any) -> None:
         window = getattr(attention.module, "sliding_window", None)
         chosen = arguments.get("window", window) if window is not None else arguments.get("window_everywhere")
         allowed = causal(arguments.get("shift", 0), chosen)
+        attention.keep_all = window is not None
         attention.mask = Mask(allowed, decode=arguments.get("decode", True), padding=arguments.get("padding", True))
 
 
@@ -162,7 +163,9 @@ def _forget_first(model: Any, _: Severity) -> None:
 def _cache(change: Any) -> Any:
     def plant(model: Any, _: Severity) -> None:
         for attention in attentions(model):
-            attention.cache = Cache(change)
+            # A cache with a window does not hold the columns that these bugs touch.
+            if getattr(attention.module, "sliding_window", None) is None:
+                attention.cache = Cache(change)
 
     return plant
 

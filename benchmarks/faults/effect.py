@@ -159,7 +159,9 @@ def truth(fault: Fault, found: Iterable[Effect], *, inputs: bool = True) -> Trut
         return Truth(False, max(effect.size for effect in own), "", (), largest, early)
     first = next(effect for effect in sites if effect.size >= VISIBLE)
     layer = _layer(shown.module)
-    before = [effect.module for effect in own if effect.phase == shown.phase and _place(effect) <= _place(shown)]
+    # Where the bug acts somewhat below the noise, naming the earlier place is right as well.
+    acting = [effect for effect in own if effect.size >= 0.3 * VISIBLE and effect.phase == shown.phase]
+    before = [effect.module for effect in acting if _place(effect) <= _place(shown)]
     wanted = {shown.module, first.module, *before, *(template.format(layer) for template in fault.accept)}
     return Truth(True, shown.size, shown.phase, tuple(sorted(wanted)), largest, early)
 

@@ -103,13 +103,14 @@ class Mask:
             self._real = torch.diagonal(mask[:, 0], dim1=-2, dim2=-1) == 0
         else:
             self._real = torch.cat([self._real, mask[:, 0, -1, -1:] == 0], -1)
-            if not self._decode:
+            if not self._decode and mask.shape[-1] == step.held:
                 return mask
-        query = torch.arange(step.past, step.past + step.new)[:, None]
-        seen = self._allowed(query, torch.arange(mask.shape[-1])[None, :])
+        end = step.past + step.new
+        seen = self._allowed(torch.arange(step.past, end)[:, None], torch.arange(end - step.held, end)[None, :])
         if self._padding:
-            seen = seen & self._real[:, None, None, :]
-        return torch.where(seen, 0.0, torch.finfo(mask.dtype).min).to(mask.dtype).expand(mask.shape)
+            seen = seen & self._real[:, None, None, -step.held :]
+        values = torch.where(seen, 0.0, torch.finfo(mask.dtype).min).to(mask.dtype)
+        return values.expand(len(mask), 1, step.new, step.held)
 
 
 def causal(shift: int = 0, window: int | None = None) -> Callable[[Tensor, Tensor], Tensor]:

@@ -37,10 +37,17 @@ def side_by_side(heads: Tensor, times: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """What an attention core sees, besides its module: which call this is and how many positions came before it."""
+    """One call of an attention core.
+
+    Attributes:
+        new: columns that it computes.
+        past: columns before them, padding included.
+        held: columns that keys and values are there for; the last ones, when the cache has a window.
+    """
 
     new: int
     past: int
+    held: int
 
 
 class Attention:
@@ -62,6 +69,9 @@ class Attention:
         self.queries: Callable[[Tensor], Tensor] = lambda heads: heads
         self.cache: Callable[[Tensor, Tensor, Step], tuple[Tensor, Tensor]] = lambda key, value, step: (key, value)
         self.mixed: Callable[[Tensor], Tensor] = lambda heads: heads
+        #: Keep keys and values of all columns, also where the model's cache drops those outside a window.
+        self.keep_all = False
+        self._kept: tuple[Tensor, Tensor] | None = None
         #: dtype of the softmax; gpt-oss computes it in the model's own.
         self.softmax_dtype: torch.dtype | None = None if self.sinks is not None else torch.float32
         self.scores_dtype: torch.dtype | None = None
@@ -84,12 +94,24 @@ class Attention:
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         value = module.v_proj(hidden_states).view(heads).transpose(1, 2)
         query, key = self.rotate(query, *position_embeddings), self.rotate(key, *position_embeddings)
+        past = 0 if cache_position is None else int(cache_position[0])
         if past_key_values is not None:
+            own = self._keep(key, value, past)
             key, value = past_key_values.update(key, value, module.layer_idx, {"cache_position": cache_position})
-        step = Step(query.shape[2], key.shape[2] - query.shape[2])
+            key, value = own or (key, value)
+        step = Step(query.shape[2], past, key.shape[2])
         key, value = self.cache(key, value, step)
         mixed = self.mixed(self.attend(self.queries(query), key, value, attention_mask, step))
         return module.o_proj(mixed.transpose(1, 2).reshape(*shape, -1).contiguous()), None
+
+    def _keep(self, key: Tensor, value: Tensor, past: int) -> tuple[Tensor, Tensor] | None:
+        """All keys and values so far, when they are to be kept."""
+        if not self.keep_all:
+            return None
+        if past > 0 and self._kept is not None:
+            key, value = torch.cat([self._kept[0], key], 2), torch.cat([self._kept[1], value], 2)
+        self._kept = key, value
+        return self._kept
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, step: Step) -> Tensor:
         """Attention of `query` `[b, n, s, d]` over `key` and `value` `[b, g, p, d]`; `[b, n, s, d]`."""

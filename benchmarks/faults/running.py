@@ -123,11 +123,11 @@ def run_all(
     faults: list[Outcome] = []
     clean: list[CleanOutcome] = []
     broken: list[str] = []
-    started = time.perf_counter()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         for note in pool.map(prepare, dict.fromkeys(t.architecture for t in chosen), repeat(settings)):
             print(note, flush=True)
+        started = time.perf_counter()
         waiting = {pool.submit(run, target, settings, keep): target for target in chosen}
         for number, done in enumerate(as_completed(waiting), 1):
             try:

@@ -198,9 +198,9 @@ WEIGHT_FAULTS = (
         "embedding-normalizer",
         "Embeddings are not multiplied by the root of the hidden size.",
         "embedding multiplier",
-        ("model.layers.0.input_layernorm",),
+        ("model.layers.0", "model.layers.0.input_layernorm"),
         _no_normalizer,
-        ("model.layers.0", "model.embed_tokens", "model.layers.0.pre_feedforward_layernorm"),
+        ("model.embed_tokens", "model.layers.0.input_layernorm"),
         needs="embedding_scale",
     ),
     Fault(
