@@ -214,9 +214,9 @@ def test_a_patched_module_is_the_only_one_that_adds_error(
     trace, summary = scene(name, patched, selection=Selection(inputs=inputs))
     check_found(trace, summary, patched)
     if name == "llama":  # in place, everything behind it looks wrong too
-        behind = trace.query("SELECT count(*) FROM measurements WHERE comparison = 'port' AND verdict = 'fail'")
-        alone = trace.query("SELECT count(*) FROM measurements WHERE comparison = 'port.replay' AND verdict = 'fail'")
-        assert behind.to_pandas().iat[0, 0] > 2 * alone.to_pandas().iat[0, 0]
+        behind = trace.query("SELECT site FROM measurements WHERE comparison = 'port' AND verdict = 'fail'")
+        alone = trace.query("SELECT site FROM measurements WHERE comparison = 'port.replay' AND verdict = 'fail'")
+        assert behind.num_rows > 2 * alone.num_rows
     assert summary.inputs[patched].text.startswith("captured") == inputs
     assert not summary.injecting[0].code
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 from ...analyze.pairs import Pair
-from ...analyze.ranks import Columns
 from ...analyze.sites import SiteInfo, sites_of
+from ...analyze.stored_pairs import selection_of
 from ...analyze.verdict import Thresholds
 from ...store.errors import InputError, TraceNotFoundError
 from ...store.trace import Trace
@@ -82,9 +81,9 @@ def _pairs(trace: Trace, name: str, reference: Sequence[SiteInfo], target: Seque
         names = row["reference_sites"][0], row["target_sites"][0]
         if names[0] not in by_name[0] or names[1] not in by_name[1]:
             raise InputError(f"comparison {name!r} names sites that its runs do not have; run 'sleuth compare' again")
-        columns, reference_columns = _columns(row["transform"], json.loads(row["transform_spec"] or "{}"))
+        chosen = selection_of(row["transform_spec"])
         sites = by_name[0][names[0]], by_name[1][names[1]]
-        pairs.append(Pair(*sites, columns, row["score"], row["reason"], reference_columns))
+        pairs.append(Pair(*sites, chosen.target, row["score"], row["reason"], chosen.reference))
     return pairs
 
 
@@ -93,14 +92,3 @@ def _gaps(trace: Trace, name: str) -> list[tuple[str, str, str]]:
         "SELECT site, status, reason FROM coverage WHERE comparison = ? AND status <> 'matched' ORDER BY exec_order"
     )
     return [(row["site"], row["status"], row["reason"]) for row in trace.query(statement, [name]).to_pylist()]
-
-
-def _columns(transform: str, spec: Mapping[str, Any]) -> tuple[Columns | None, Columns | None]:
-    """Columns of target and reference, as `Pair.transform_spec` wrote them."""
-    if transform == "slice":
-        return ((spec["start"], spec["stop"]),), None
-    return _spans(spec.get("target")), _spans(spec.get("reference"))
-
-
-def _spans(ranges: Sequence[Sequence[int]] | None) -> Columns | None:
-    return None if ranges is None else tuple((start, stop) for start, stop in ranges)
