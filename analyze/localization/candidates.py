@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..moments import EXACT
 from ..verdict import SHAPE_MISMATCH
 from .dataflow import Dataflow, distinct
 from .replays import Replayed
@@ -14,6 +15,8 @@ from .site_errors import SiteError
 #: How much larger the relative excess error of a site may be than what reached it before it counts as its own. On 24
 #: faults of a trained Llama, what a fault injects grows at most fourfold on its way (docs/localization.md).
 GAIN = 10.0
+#: Below this R an error is of the order of the baseline's own: another order of summation may do that.
+WEAK = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,7 @@ class Candidate:
         site: the site.
         jump: its excess error over the largest that can have reached it; infinite when nothing did.
         source: the failing site that explains it best; None when nothing upstream fails.
+        sufficient: measurements of all failing sites upstream that hand on enough to explain it.
         injected: see `Suspect.injected`.
         replayed: R_local of its module where the comparison was replayed.
         good_inputs: the module's inputs were compared, and none fails.
@@ -32,9 +36,15 @@ class Candidate:
     site: SiteError
     jump: float
     source: SiteError | None
+    sufficient: tuple[int, ...]
     injected: float | None
     replayed: Replayed | None
     good_inputs: bool
+
+    @property
+    def weak(self) -> bool:
+        """Its error is hardly more than the baseline's."""
+        return self.site.equivalent_r is not None and self.site.equivalent_r < WEAK
 
     @property
     def own(self) -> bool:
@@ -68,15 +78,16 @@ def _candidate(flow: Dataflow, site: SiteError, before: Sequence[SiteError], rep
     inputs = flow.inputs(site)
     injected = injected_error(site, inputs) if replayed is None else replayed.r_local
     good = bool(inputs) and flow.is_leaf(site.module) and not any(source.failed for source in inputs)
-    source, jump = None, math.inf
+    handed: dict[int, tuple[float, SiteError]] = {}
     if site.state != SHAPE_MISMATCH:
         sources = [one for one in before if one.state != SHAPE_MISMATCH and flow.may_feed(one, site)]
         if good:
             sources = [one for one in sources if one.module == site.module]
-        source = max(sources, key=lambda one: flow.passed_on(one, site), default=None)
-    if source is not None:
-        jump = _quotient(site.excess, flow.passed_on(source, site))
-    return Candidate(site, jump, source, injected, replayed, good)
+        handed = {one.measurement: (flow.passed_on(one, site), one) for one in sources}
+    reached, source = max(handed.values(), key=lambda pair: pair[0], default=(0.0, None))
+    jump = math.inf if source is None else _quotient(site.excess, reached)
+    sufficient = tuple(number for number, (much, _) in handed.items() if _quotient(site.excess, much) <= GAIN)
+    return Candidate(site, jump, source, sufficient, injected, replayed, good)
 
 
 def _quotient(excess: float, reached: float) -> float:
@@ -93,8 +104,8 @@ def injected_error(site: SiteError, inputs: Sequence[SiteError]) -> float | None
     sqrt(R_out^2 - (R_in^2 - 1)): R itself when the inputs are as good as the baseline's, at most 1 when everything is
     inherited.
     """
-    known = [source.equivalent_r for source in inputs if source.equivalent_r is not None]
-    if site.equivalent_r is None or not known:
+    known = [1.0 if source.state == EXACT else source.equivalent_r for source in inputs]
+    if site.equivalent_r is None or not known or None in known:
         return None
-    brought = max(max(known) ** 2 - 1.0, 0.0)
+    brought = max(max(r for r in known if r is not None) ** 2 - 1.0, 0.0)
     return math.sqrt(max(site.equivalent_r**2 - brought, 0.0))

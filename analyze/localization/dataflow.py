@@ -61,14 +61,21 @@ class Dataflow:
     def passed_on(self, source: SiteError, site: SiteError) -> float:
         """Largest relative excess error that `source` can have handed to `site`.
 
-        It cannot be more than what left the outermost module around `source` that finished before `site`, if that
-        module's output was compared and passed.
+        It cannot be more than what left any module around `source`, but not around `site`, that finished in between, if
+        that module's output was compared and passed.
         """
-        container, one, _ = _branches(source.module, site.module)
-        outlet = self._outputs.get(_join(container, one))
-        if outlet is None or outlet.module == source.module or outlet.failed or not outlet.exec_order < site.exec_order:
-            return source.excess
-        return min(source.excess, outlet.excess)
+        handed = source.excess
+        container, branch, _ = _branches(source.module, site.module)
+        outer = _join(container, branch)
+        around = source.module.rpartition(".")[0]
+        while len(around) >= len(outer):
+            outlet = self._outputs.get(around)
+            if outlet is not None and not outlet.failed and outlet.exec_order < site.exec_order:
+                handed = min(handed, outlet.excess)
+            around = around.rpartition(".")[0]
+            if not around:
+                break
+        return handed
 
 
 def distinct(sites: Iterable[SiteError]) -> list[SiteError]:

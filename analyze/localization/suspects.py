@@ -79,16 +79,20 @@ def rank(
     phases: Mapping[str, Sequence[SiteError]],
     changes: Mapping[str, Sequence[SiteChange]],
 ) -> list[Suspect]:
-    """Order failing sites: origins as they come in time and dataflow, then spikes, then what is explained worst."""
+    """Order failing sites by how likely error enters there.
+
+    Origins come first, as they come in time and dataflow; after them those whose R is hardly above the noise, spikes,
+    sites whose shapes differ, and at last the sites that are explained worst.
+    """
     own = [candidate for candidate in found if candidate.own]
-    explaining = {candidate.source.measurement for candidate in found if candidate.source and not candidate.own}
+    explaining = {number for candidate in found if not candidate.own for number in candidate.sufficient}
     kinds = {
         candidate.site.measurement: _kind(
             candidate, explaining, phases[candidate.site.phase], changes[candidate.site.phase]
         )
         for candidate in own
     }
-    own.sort(key=lambda one: (kinds[one.site.measurement] == SPIKE, one.site.state == SHAPE_MISMATCH))
+    own.sort(key=lambda one: (one.site.state == SHAPE_MISMATCH, kinds[one.site.measurement] == SPIKE, one.weak))
     places = {(candidate.site.module, candidate.site.port) for candidate in own}
     rest = [one for one in found if not one.own and (one.site.module, one.site.port) not in places]
     rest.sort(key=lambda one: (bool(own) and one.site.phase != own[0].site.phase, -one.jump))
