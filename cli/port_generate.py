@@ -136,13 +136,6 @@ def _as_dict(report: GateReport) -> dict[str, Any]:
 
 
 def _facts(architecture: Architecture) -> list[tuple[str, str, str]]:
-    from ..porting.spec.document import leaves
+    from ..porting.spec.document import leaves, origin_of
 
-    origins = {source.field: source.origin for source in architecture.sources}
-
-    def origin(field: str) -> str:
-        while field and field not in origins:
-            field = field.rpartition(".")[0]
-        return origins.get(field, "")
-
-    return [(field, str(value), origin(field)) for field, value in leaves(architecture)]
+    return [(field, str(value), origin_of(architecture, field)) for field, value in leaves(architecture)]

@@ -107,6 +107,26 @@ def numbers_in(value: Any) -> Iterator[str]:
             yield from numbers_in(item)
 
 
+def without_cases(field: str) -> str:
+    """A field's path without the numbers of cases: what `Sources` calls it."""
+    path = ".".join(part for part in field.split(".") if not part.isdigit() and part != "block")
+    return path.replace(".rotary.rotary", ".rotary")
+
+
+def origin_of(spec: Architecture, field: str) -> str:
+    """Where a field comes from: its own source, else that of the part it belongs to; empty when nothing is noted.
+
+    Args:
+        spec: the architecture.
+        field: dotted path, as `leaves` gives it.
+    """
+    origins = {source.field: source.origin for source in spec.sources}
+    path = without_cases(field)
+    while path and path not in origins:
+        path = path.rpartition(".")[0]
+    return origins.get(path, "")
+
+
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, object]]:
     """Every field of a spec by its dotted path; sources and the version are left out, None is no value."""
     if isinstance(value, Number):

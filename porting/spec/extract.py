@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from ...store.errors import InputError
 from .architecture import Architecture, FeedForward, FeedForwardCase, Layer, MaskCase, RotaryCase
 from .attention import AttentionAnalysis, LayerAttention, with_cases
 from .checkpoint import checkpoint_keys
+from .document import leaves, without_cases
 from .ends import analyse_embedding, analyse_head
 from .expressions import Expressions
 from .feed_forward import analyse_feed_forward
 from .feed_forward import claims as feed_forward_claims
 from .hostile import hostile_model, tokens_for
 from .layers import LayerAnalysis, cases_of, find_layers
-from .observation import Observation, observe
+from .observation import Observation, observe, source_line
 from .sources import Sources
 
 _IGNORED = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"attention\.(masked_)?bias$")
@@ -53,6 +54,7 @@ def analyse_model(path: Path) -> Architecture:
     return architecture
 
 
+@torch.no_grad()
 def analyse_config(config: Any) -> Architecture:
     """Analyse a configuration.
 
@@ -92,10 +94,11 @@ def analyse_config(config: Any) -> Architecture:
         feed_forward=blocks,
         head=head,
         ignored=_IGNORED,
-        sources=_with_defaults(sources).entries(),
     )
     _check_claims(seen, layers, parts, architecture)
-    return architecture
+    _add_classes(sources, seen, layers, first)
+    _add_keys(sources, architecture)
+    return replace(architecture, sources=sources.entries())
 
 
 def _analyse_layer(seen: Observation, path: str, numbers: Expressions, sources: Sources) -> _Parts:
@@ -118,10 +121,32 @@ def _without_index(layer: Layer, layers: str) -> Layer:
     return Layer(layer.class_name, layers, layer.norms, layer.nodes, layer.output)
 
 
-def _with_defaults(sources: Sources) -> Sources:
-    for field, key in (("hidden", "hidden_size"), ("n_layers", "num_hidden_layers"), ("vocabulary", "vocab_size")):
-        sources.add(field, f"config: {key}")
-    return sources
+def _add_keys(sources: Sources, architecture: Architecture) -> None:
+    """Add the configuration keys of everything that the port reads from there."""
+    for field in ("model_type", "config_class"):
+        sources.add(field, "config: model_type")
+    for field, value in leaves(architecture):
+        expression = str(value).partition(" = ")[0]
+        if "config." in expression:
+            sources.add(without_cases(field), f"config: {expression.replace('config.', '')}")
+
+
+def _add_classes(sources: Sources, seen: Observation, layers: str, first: _Parts) -> None:
+    """Add the classes of transformers that every part was read from."""
+    model = seen.model
+    attention = f"{layers}.0.{first.attention.attention.module}"
+    parts = {
+        "class_name": model,
+        "module_name": model,
+        "prefix": model,
+        "embedding": model.get_submodule(layers.rpartition(".")[0]),
+        "layer": model.get_submodule(f"{layers}.0"),
+        "attention": model.get_submodule(attention),
+        "feed_forward": model.get_submodule(first.block_path),
+        "head": model,
+    }
+    for field, module in parts.items():
+        sources.add(field, source_line(module, f"class {type(module).__name__}"))
 
 
 def _check_claims(seen: Observation, layers: str, parts: list[_Parts], architecture: Architecture) -> None:
@@ -164,7 +189,8 @@ def check_checkpoint(architecture: Architecture, config: Any, keys: dict[str, tu
             raise InputError(f"unsupported: checkpoint weight {name} is none of {architecture.class_name}'s")
         if shape != expected[name]:
             raise InputError(
-                f"unsupported: checkpoint weight {name} has shape {list(shape)}, the configuration {list(expected[name])}"
+                f"unsupported: checkpoint weight {name} has shape {list(shape)}, "
+                f"the configuration {list(expected[name])}"
             )
     buffers = {name for name, _ in model.named_buffers()}
     missing = sorted(set(expected) - set(known) - tied - buffers)

@@ -75,7 +75,12 @@ class LayerAnalysis:
     def _attention_path(self) -> str:
         inside = [p for p in self._seen.softmaxes if p.startswith(f"{self._path}.") and _is_scores(self._seen, p)]
         if len(inside) != 1:
-            raise InputError(f"unsupported: {len(inside)} attention modules in the layer {self._path}")
+            line = source_line(self._module, "def forward")
+            raise InputError(
+                f"unsupported: {len(inside)} modules of {type(self._module).__name__} at {self._path} ({line}) take a "
+                "softmax over queries times keys, instead of one (state-space layers, linear attention and "
+                "position biases such as ALiBi have no port)"
+            )
         return inside[0]
 
     def feed_forward(self) -> tuple[str, list[Call]]:

@@ -1,8 +1,8 @@
 """Which rotary embedding turned queries before into queries after, read off the angles.
 
 A pair of features (a, b) as the complex number a + ib is multiplied by m * exp(i * position * frequency), for every
-head alike. The ratio of after to before gives m, the angle, and with it which features are pairs and what the frequencies
-are; nothing of the module that computed them is assumed.
+head alike. The ratio of after to before gives m, the angle, and with it which features are pairs and what the
+frequencies are; nothing of the module that computed them is assumed.
 """
 
 from __future__ import annotations
