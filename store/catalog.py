@@ -142,8 +142,7 @@ def ingest_run(connection: Any, folder: Path, manifest: RunManifest, shards: lis
     Raises:
         FormatError, IntegrityError: a shard cannot be read.
     """
-    for table in RUN_TABLES:
-        connection.execute(f"DELETE FROM {table} WHERE run = ?", [manifest.run])  # noqa: S608 (fixed names)
+    forget_run(connection, manifest.run)
     _insert_manifest(connection, manifest)
     n_tensors = 0
     for path in shards:
@@ -172,6 +171,12 @@ def ingest_run(connection: Any, folder: Path, manifest: RunManifest, shards: lis
         connection.unregister("shard_index")
         n_tensors += table.num_rows
     return n_tensors
+
+
+def forget_run(connection: Any, run: str) -> None:
+    """Delete the rows of a run; its shards stay, and so do comparisons with it."""
+    for table in RUN_TABLES:
+        connection.execute(f"DELETE FROM {table} WHERE run = ?", [run])  # noqa: S608 (fixed names)
 
 
 def forget_comparison(connection: Any, comparison: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -174,6 +175,19 @@ class Trace:
         manifest, shards = self.manifest(run), self.shards(run)
         with catalog.writing(self.catalog_path, timeout=timeout) as connection:
             return catalog.ingest_run(connection, self.path, manifest, shards)
+
+    def remove_run(self, run: str, *, timeout: float = catalog.LOCK_TIMEOUT) -> None:
+        """Delete a run for good: its rows in the catalog and its shards. Views of its tensors stay valid.
+
+        Raises:
+            CatalogLockedError: the catalog is held; nothing was deleted.
+        """
+        folder = self.run_folder(run)
+        with catalog.writing(self.catalog_path, timeout=timeout) as connection:
+            catalog.forget_run(connection, run)
+        for shard in self.shards(run):
+            self._readers.pop(shard.relative_to(self.path).as_posix(), None)
+        shutil.rmtree(folder)
 
     @contextmanager
     def _ordinals(self) -> Iterator[None]:

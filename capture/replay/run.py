@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -280,4 +279,4 @@ def _remove_earlier(trace: Trace, run: str, comparison: str) -> None:
         earlier: RunManifest = trace.manifest(run)
         if earlier.provenance.get("replay_of") != comparison:
             raise InputError(f"{trace.path} has a run {run!r} that no replay of {comparison!r} made; remove it first")
-        shutil.rmtree(trace.run_folder(run))
+        trace.remove_run(run)
