@@ -6,6 +6,8 @@ prompts. Needs the sources (NXDI_SRC, NXD_SRC); without them, one line says so.
 
     python benchmarks/nxdi_models.py [--model NAME ...] [--seed N] [--keep FOLDER]
 
+Two replicates of the baseline (summation and nudge) show how clean BF16 runs scatter.
+
 The table has one line per model, dtype and number of ranks. `share` is the part of the reference's sites that is
 matched, `fits` the same without those that are skipped because the target has no such thing (modules of single
 experts). `flips` counts tokens, over all layers, that a router sends to other experts than in FP32: the baseline's,
@@ -32,6 +34,7 @@ from tensorsleuth.capture.hf import ModelSource, quiet_transformers
 from tensorsleuth.capture.hf_run import HuggingFaceCapture, capture_hugging_face
 from tensorsleuth.capture.nxdi.run import NxdiCapture, capture_on_cpu
 from tensorsleuth.capture.prompts import PromptInput
+from tensorsleuth.capture.replicate import Replicate
 from tensorsleuth.porting.environment import find_environment, require_sources
 from tensorsleuth.store import InputError, SleuthError, Trace
 from tensorsleuth.store.dims import by_position
@@ -41,6 +44,7 @@ BATCH = 6
 TOLERANCE = 1e-5
 WRONG = 1e-3
 MATCHED = 0.95
+REPLICATES = ("summation", "nudge")
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 128,
@@ -157,15 +161,30 @@ def references(folder: Path, model: Path, seed: int) -> Trace:
     return trace
 
 
-def port_and_compare(trace: Trace, run: str, model: Path, port: str, dtype: str, tp: int) -> ComparisonSummary:
-    """Capture a port and compare it: in FP32 by relative L2, in BF16 against the baseline."""
+def replicates(trace: Trace, model: Path) -> tuple[str, ...]:
+    """Runs that show how the baseline scatters."""
+    for kind in REPLICATES:
+        capture_hugging_face(
+            trace,
+            HuggingFaceCapture(
+                ModelSource(model), kind, "baseline", "bfloat16", teacher="fp32",
+                generation=Generation(batch_size=BATCH), replicate=Replicate(kind),
+            ),
+        )  # fmt: skip
+    return REPLICATES
+
+
+def port_and_compare(
+    trace: Trace, run: str, model: Path, port: str, dtype: str, tp: int, clean: tuple[str, ...] = ()
+) -> ComparisonSummary:
+    """Capture a port and compare it: in FP32 by relative L2, in BF16 against the baseline and its replicates."""
     request = NxdiCapture(
         model, port, run, "target", dtype=dtype, tp=tp, teacher="fp32", generation=Generation(batch_size=BATCH)
     )
     capture_on_cpu(trace, request)
     if dtype == "float32":
         return compare(trace, ComparisonRequest("fp32", run, thresholds=Thresholds(relative_l2=TOLERANCE)))
-    return compare(trace, ComparisonRequest("fp32", run, "bf16"))
+    return compare(trace, ComparisonRequest("fp32", run, "bf16", replicates=clean))
 
 
 def pairs_of(trace: Trace, run: str) -> dict[tuple[str, str], float]:
@@ -229,13 +248,14 @@ def clean_lines(name: str, folder: Path, seed: int) -> bool:
     """Print a model's lines of the first table; returns whether all of them are as they should be."""
     model = save_checkpoint(name, folder / f"{name}-model", seed)
     trace = references(folder / name, model, seed)
+    clean = replicates(trace, model)
     right = True
     in_fp32: dict[int, dict[tuple[str, str], float]] = {}
     for dtype in ("float32", "bfloat16"):
         for tp in (1, 2):
             run = f"{dtype}-tp{tp}"
             try:
-                summary = port_and_compare(trace, run, model, port_of(name, folder), dtype, tp)
+                summary = port_and_compare(trace, run, model, port_of(name, folder), dtype, tp, clean)
             except SleuthError as error:
                 print(f"{name:10} {dtype:9} {tp:2} does not run: {error}", flush=True)
                 right = False

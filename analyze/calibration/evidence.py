@@ -25,7 +25,8 @@ class Tokens:
     Attributes:
         prompt: the prompt.
         errors: their sums of squares.
-        baseline, target: downstream of a flip of the baseline, of the target.
+        baseline, target: downstream of a flip of the baseline, of the target, or flipped here where that shows.
+        upstream: downstream of a flip of either.
         replicates: the same for every replicate.
     """
 
@@ -33,6 +34,7 @@ class Tokens:
     errors: TokenErrors
     baseline: BoolArray
     target: BoolArray
+    upstream: BoolArray
     replicates: tuple[BoolArray, ...] = ()
 
 
@@ -43,7 +45,7 @@ class Evidence:
     Attributes:
         r: R over the tokens that count.
         n_rerouted: tokens that do not.
-        p_value: see `exchange.exchange_p_value`.
+        p_value: chance that a site whose R is at the limit shows this one, see `exchange.exchange_p_value`.
         spread: standard error of log R, from the spread over tokens (delta method).
         replicates: log R of every replicate over the tokens that neither it nor the baseline reroutes.
     """
@@ -59,11 +61,15 @@ _NONE = float("nan")
 NOTHING = Evidence(_NONE, 0, _NONE, _NONE, ())
 
 
-def evidence(parts: Sequence[Tokens], replicates: AtSite | None) -> Evidence:
+def evidence(parts: Sequence[Tokens], limit: float, replicates: AtSite | None) -> Evidence:
     """Weigh one measurement.
+
+    The p-value is that of R being at most `limit`: baseline errors `limit` times as large would be exchangeable with
+    the target's. (That R is exactly 1 is false for every clean port, and with enough tokens it shows.)
 
     Args:
         parts: its tokens, per prompt.
+        limit: largest R of a clean site.
         replicates: errors of the replicates at its site, None without any.
     """
     sums = [part.errors.sums() for part in parts]
@@ -79,7 +85,8 @@ def evidence(parts: Sequence[Tokens], replicates: AtSite | None) -> Evidence:
         shares = tokens[:, 2] / target - tokens[:, 1] / baseline
     spread = 0.5 * float(np.sqrt((shares * shares).sum()))
     of_replicates = [] if replicates is None else [_log_r(parts, replicates, n) for n in range(len(replicates.errors))]
-    return Evidence(r, n_rerouted, exchange_p_value(kept), spread, tuple(of_replicates))
+    p_value = exchange_p_value([rows * np.array([1.0, limit**2, 1.0]) for rows in kept])
+    return Evidence(r, n_rerouted, p_value, spread, tuple(of_replicates))
 
 
 def _log_r(parts: Sequence[Tokens], replicates: AtSite, number: int) -> float:

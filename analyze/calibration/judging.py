@@ -17,7 +17,7 @@ from .evidence import NOTHING, Tokens, evidence
 from .kinds import kind_of
 from .learned import Calibration
 from .replicates import AtSite, Replicates
-from .routing import BoolArray, Choices, Experts, RoutingLedger, flips_p_value
+from .routing import BoolArray, Choices, Experts, Routed, RoutingLedger, flips_p_value
 from .settling import Gathered, settle
 
 
@@ -80,11 +80,12 @@ class Judging:
         touched: list[BoolArray] = [np.zeros(len(positions), bool) for _ in runs]
         if site.positioned:
             touched = [self._routing.touched(module, run, prompt, positions) for run in runs]
+        upstream = touched[0] | touched[1]
         if choices.sparse and prompt in choices.by_prompt:
             choice = choices.by_prompt[prompt]
             for side, flips in enumerate((choice.baseline, choice.target)):
-                touched[side] |= np.isin(positions, choice.away(flips))
-        return Tokens(prompt, one.tokens, touched[0], touched[1], tuple(touched[2:]))
+                touched[side] = touched[side] | np.isin(positions, choice.away(flips))
+        return Tokens(prompt, one.tokens, touched[0], touched[1], upstream, tuple(touched[2:]))
 
     def _gather(
         self,
@@ -99,14 +100,20 @@ class Judging:
         """Keep what the verdict of one measurement needs."""
         nonfinite = one.state == NONFINITE and one.n_nonfinite_target > 0
         settled = settled_verdict(one.state, one.relative_l2, nonfinite, self._thresholds, dtype)
-        flips = [choices.by_prompt[part.prompt] for part in parts if part.prompt in choices.by_prompt]
+        flips = [_untouched(choices.by_prompt[part.prompt], part) for part in parts if part.prompt in choices.by_prompt]
         by_flips = bool(flips) and settled == UNDECIDED and one.state != NONFINITE
         self._gathered.add(
             one.prompt,
             phase,
             kind,
             settled,
-            evidence(parts, at) if settled is None else NOTHING,
+            evidence(parts, self._thresholds.limit(kind), at) if settled is None else NOTHING,
             p_flips=flips_p_value(flips) if flips else float("nan"),
             by_flips=by_flips,
         )
+
+
+def _untouched(choice: Routed, part: Tokens) -> Routed:
+    """The tokens that no earlier router sent elsewhere: those that follow from it are not counted again."""
+    away = part.errors.positions[part.upstream]
+    return choice.at(~np.isin(choice.positions, away))

@@ -14,7 +14,7 @@ that the reference's margins explain.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -136,7 +136,7 @@ def _expected(reference: FloatArray, baseline: FloatArray, margin: FloatArray, a
 
 
 def flips_p_value(parts: Sequence[Routed]) -> float:
-    """Chance that a clean target sends this many tokens elsewhere.
+    """Chance that a clean target sends this many tokens elsewhere; tokens downstream of earlier flips do not count.
 
     The larger of two p-values: against the baseline (McNemar, exact), and against the number that the margins explain
     (Poisson); the latter only where scores were recorded.
@@ -213,7 +213,10 @@ class RoutingLedger:
         if not self._experts.routed_by(module, piece.reference.shape[1], first.target_dtype):
             return Choices({})
         sparse = not _is_integer(first.target_dtype) and bool((piece.reference == 0).any())
-        return Choices({prompt: routed(site, self._experts) for prompt, site in sites.items()}, sparse)
+        by_prompt = {prompt: routed(site, self._experts) for prompt, site in sites.items()}
+        if sparse:  # what is left of the scores of experts that were not chosen tells no margin
+            by_prompt = {p: replace(c, expected=np.full(len(c.positions), np.nan)) for p, c in by_prompt.items()}
+        return Choices(by_prompt, sparse)
 
     def note(self, module: str, choices: Choices, baseline: str | None, target: str) -> None:
         """Remember the flips at a router of the runs that were measured as baseline and as target."""

@@ -104,7 +104,15 @@ def settle(gathered: Gathered, thresholds: Thresholds, calibration: Calibration 
     ]
     overall = [verdict for verdict, prompt in zip(verdicts, rows["prompt"], strict=True) if prompt < 0]
     columns = {"p_value": p, "q_value": q, "r_judged": rows["r"], "r_limit": limit}
-    return Outcomes(tuple(verdicts), tuple(overall), rows["n_rerouted"], columns)
+    return Outcomes(tuple(verdicts), tuple(overall), rows["n_rerouted"], columns, tuple(_notes(rows)))
+
+
+def _notes(rows: npt.NDArray[Any]) -> list[str]:
+    overall = rows[rows["prompt"] < 0]
+    sites, most = int((overall["n_rerouted"] > 0).sum()), int(overall["n_rerouted"].max(initial=0))
+    if not sites:
+        return []
+    return [f"experts differ at some tokens: up to {most} of them are left out of the verdicts of {sites} measurements"]
 
 
 def _verdict(state: str, r: float, limit: float, q: float, p_flips: float, q_flips: float) -> str:
