@@ -104,12 +104,19 @@ class Trace(StoredTrace):
         return diagnose(self, comparison)
 
     def replay(
-        self, comparison: str, *, model: Path | None = None, modules: Sequence[str] = (), tp: int | None = None
+        self,
+        comparison: str,
+        *,
+        model: Path | None = None,
+        modules: Sequence[str] = (),
+        tp: int | None = None,
+        mapping: Path | None = None,
+        random: int | None = None,
     ) -> ReplaySummary:
-        """Run the reference's modules on the target's own inputs and compare; see `capture.replay`."""
+        """Run the reference's modules on the target's own inputs and compare; see `capture.replay.ReplayRequest`."""
         from .capture.replay import ReplayRequest, replay
 
-        return replay(self, ReplayRequest(comparison, model, tuple(modules), tp))
+        return replay(self, ReplayRequest(comparison, model, tuple(modules), tp, mapping, random))
 
     def sql(self, statement: str) -> pa.Table:
         """Run one read-only SQL statement with the standard library; `.to_pandas()` works on the result."""

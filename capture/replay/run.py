@@ -197,6 +197,8 @@ def _check(compared: Compared, request: ReplayRequest) -> None:
 def _casts(trace: Trace, compared: Compared, request: ReplayRequest) -> list[_Cast]:
     """The runs to make, the reference's first."""
     reference, target = trace.manifest(compared.reference), trace.manifest(compared.target)
+    if earlier := reference.provenance.get("replay_of"):
+        raise InputError(f"comparison {compared.name!r} is a replay already; replay {earlier!r} again instead")
     source = find_model(reference, request.model)
     wanted = _wanted(compared, request.modules)
     if not wanted:
