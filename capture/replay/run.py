@@ -255,7 +255,7 @@ def _play(
         "replay_of": compared.name,
         "replay_inputs_of": compared.target if request.random is None else f"random, seed {request.random}",
         "replayed_model_of": cast.of.run,
-        "checkpoint_fingerprint": cast.of.provenance.get("checkpoint_fingerprint"),
+        **{name: cast.of.provenance.get(name) for name in ("config", "seed", "checkpoint_fingerprint")},
         "attention": cast.source.attention,
         "sums_rounded_in_parts": parts,
     }
