@@ -17,6 +17,8 @@ from .site_errors import SiteError
 GAIN = 10.0
 #: Below this R an error is of the order of the baseline's own: another order of summation may do that.
 WEAK = 1.5
+#: A weak error explains less: one grown by more than this must not exceed the source's R by more than half of it.
+WEAK_GAIN = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +46,14 @@ class Candidate:
     @property
     def weak(self) -> bool:
         """Its error is hardly more than the baseline's."""
-        return self.site.equivalent_r is not None and self.site.equivalent_r < WEAK
+        return _is_weak(self.site)
 
     @property
     def own(self) -> bool:
         """Its error is not explained by what came before it."""
         if self.replayed is not None and self.replayed.failed:
             return True
-        return self.jump > GAIN
+        return not self.sufficient
 
 
 def candidates(
@@ -86,8 +88,19 @@ def _candidate(flow: Dataflow, site: SiteError, before: Sequence[SiteError], rep
         handed = {one.measurement: (flow.passed_on(one, site), one) for one in sources}
     reached, source = max(handed.values(), key=lambda pair: pair[0], default=(0.0, None))
     jump = math.inf if source is None else _quotient(site.excess, reached)
-    sufficient = tuple(number for number, (much, _) in handed.items() if _quotient(site.excess, much) <= GAIN)
+    sufficient = tuple(number for number, (much, one) in handed.items() if _explains(one, much, site))
     return Candidate(site, jump, source, sufficient, injected, replayed, good)
+
+
+def _explains(source: SiteError, handed: float, site: SiteError) -> bool:
+    growth = _quotient(site.excess, handed)
+    if growth <= WEAK_GAIN or growth > GAIN or not _is_weak(source):
+        return growth <= GAIN
+    return (site.equivalent_r or math.inf) <= (source.equivalent_r or 0.0) * WEAK
+
+
+def _is_weak(site: SiteError) -> bool:
+    return site.equivalent_r is not None and site.equivalent_r < WEAK
 
 
 def _quotient(excess: float, reached: float) -> float:
