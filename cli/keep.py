@@ -59,6 +59,9 @@ def repair(trace: TracePath, json: Json = False) -> None:
         print_table("", columns, rows)
     else:
         say("nothing to salvage: every shard is sealed; the catalog is up to date")
+    failed = [salvage for salvage in salvages if salvage.failed]
+    if failed:
+        raise IntegrityError(f"{len(failed)} problems in {trace} cannot be repaired: {failed[0].note}")
 
 
 def index(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,22 @@ class Verification:
 
 @dataclass(frozen=True)
 class Salvage:
-    """What `repair` did with one unfinished shard."""
+    """What `repair` did with one unfinished shard, or what it could not repair.
+
+    Attributes:
+        run: the run.
+        shard: the shard, empty when it is about the run.
+        n_salvaged, n_damaged: tensors.
+        note: what was done, or what is wrong.
+        failed: it is still wrong.
+    """
 
     run: str
     shard: str
     n_salvaged: int
     n_damaged: int
     note: str
+    failed: bool = False
 
 
 def verify(trace: Trace, *, progress: Progress = no_progress) -> Verification:
@@ -83,11 +92,13 @@ def verify(trace: Trace, *, progress: Progress = no_progress) -> Verification:
 def repair(trace: Trace, *, progress: Progress = no_progress) -> list[Salvage]:
     """Salvage every tensor that a dead process had acknowledged, and enter the runs into the catalog.
 
-    Runs that a live process is writing are left alone. Damaged tensors (none is expected) are dropped, never
-    returned; their unfinished shard is then kept under the suffix `.damaged`.
+    Runs that a live process is writing are left alone. Damaged tensors of unfinished shards (none is expected) are
+    dropped, never returned; the file is then kept under the suffix `.damaged`. A sealed shard that is damaged, or a
+    file of another format version, is reported as failed and left as it is; its run keeps what the catalog had of it,
+    and the other runs are repaired all the same. Runs that the catalog holds as they are on disk are not entered again.
 
     Raises:
-        FormatError: a journal or shard was written by another format version.
+        CatalogLockedError: another process holds the catalog.
         OSError: the operating system refused to write.
     """
     salvages: list[Salvage] = []
@@ -96,23 +107,62 @@ def repair(trace: Trace, *, progress: Progress = no_progress) -> list[Salvage]:
         if any(is_locked(path) for path in folder.glob("rank*.lock")):
             salvages.append(Salvage(run, "", 0, 0, "being written by a live process: left alone"))
             continue
-        manifest = _manifest_or_sealed(trace, run)
+        try:
+            manifest = _manifest_or_sealed(trace, run)
+        except (FormatError, IntegrityError) as error:
+            salvages.append(Salvage(run, "", 0, 0, str(error), failed=True))
+            continue
         if manifest is None and not any(folder.glob("rank*-*")):
             shutil.rmtree(folder)
             salvages.append(Salvage(run, "", 0, 0, "nothing had been recorded: folder removed"))
             continue
         if manifest is None:
-            salvages.append(Salvage(run, "", 0, 0, "no manifest and no sealed shard: nothing can be salvaged"))
+            note = "no manifest and no sealed shard: nothing can be salvaged"
+            salvages.append(Salvage(run, "", 0, 0, note, failed=True))
             continue
-        for journal in sorted(folder.glob("*.journal")):
-            progress(f"{run}/{journal.stem}")
-            salvages.append(_salvage(run, journal, manifest))
-        for lock in folder.glob("rank*.lock"):
-            lock.unlink()
-        if manifest.status == "running":
-            write_manifest(folder, replace(manifest, status="repaired"))
-        trace.ingest(run)
+        salvages.extend(_repair_run(trace, run, manifest, progress))
     return salvages
+
+
+def _repair_run(trace: Trace, run: str, manifest: RunManifest, progress: Progress) -> list[Salvage]:
+    """Salvage the unfinished shards of one run, and enter it unless a sealed one is damaged."""
+    folder = trace.run_folder(run)
+    found: list[Salvage] = []
+    for journal in sorted(folder.glob("*.journal")):
+        progress(f"{run}/{journal.stem}")
+        try:
+            found.append(_salvage(run, journal, manifest))
+        except (FormatError, IntegrityError) as error:
+            found.append(Salvage(run, journal.with_suffix(".h5").name, 0, 0, str(error), failed=True))
+    for lock in folder.glob("rank*.lock"):
+        lock.unlink()
+    if manifest.status == "running":
+        write_manifest(folder, replace(manifest, status="repaired"))
+    seals = {path.name: _seal_of(path) for path in trace.shards(run)}
+    damaged = [Salvage(run, name, 0, 0, str(e), failed=True) for name, e in seals.items() if isinstance(e, Exception)]
+    if not damaged and not _is_catalogued(trace, run, seals):
+        trace.ingest(run)
+    return found + damaged
+
+
+def _seal_of(path: Path) -> str | FormatError | IntegrityError:
+    """The checksum of a sealed shard's index, or what is wrong with the shard."""
+    try:
+        return read_seal(path)[2]
+    except (FormatError, IntegrityError) as error:
+        return error
+
+
+def _is_catalogued(trace: Trace, run: str, seals: Mapping[str, object]) -> bool:
+    """Whether the catalog holds a run as it is on disk: the same shards, by the checksums of their indices."""
+    manifest = trace.manifest(run)
+    try:
+        shards = trace.query("SELECT shard, checksum FROM shards WHERE run = ?", [run]).to_pylist()
+        runs = trace.query("SELECT ordinal, status FROM runs WHERE run = ?", [run]).to_pylist()
+    except (TraceNotFoundError, FormatError):
+        return False
+    same = {row["shard"]: row["checksum"] for row in shards} == seals
+    return same and runs == [{"ordinal": manifest.ordinal, "status": manifest.status}]
 
 
 def verify_shard(path: Path) -> tuple[int, int, str]:

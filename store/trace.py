@@ -18,6 +18,7 @@ import pyarrow as pa
 from . import catalog
 from .errors import CatalogLockedError, FormatError, InputError, RunExistsError, TraceNotFoundError
 from .index import NO_DATASET
+from .located import LocatedTensors
 from .manifest import RunManifest, check_run_name, read_manifest, write_manifest
 from .shard_reader import ShardReader
 
@@ -66,6 +67,7 @@ class Trace:
         """Use `Trace.open` or `Trace.create`."""
         self.path = path
         self._readers: OrderedDict[str, ShardReader] = OrderedDict()
+        self._located = LocatedTensors(self.catalog_path, self.query)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -240,15 +242,9 @@ class Trace:
             TraceNotFoundError: there is no such tensor.
             InputError: it was captured as statistics only.
         """
-        rows = self.query(
-            """SELECT tensor_id, module, port, slot, call, dims, position_start, dtype, shape, file_offset, nbytes,
-                      dataset, s.path
-               FROM tensors t JOIN shards s USING (run, shard) WHERE tensor_id = ?""",
-            [tensor_id],
-        ).to_pylist()
-        if not rows:
+        row = self._located.find(tensor_id)
+        if row is None:
             raise TraceNotFoundError(f"{self.path} has no tensor {tensor_id}; 'sleuth tensors {self.path}' lists them")
-        row = rows[0]
         site = site_name(row["module"], row["port"], row["slot"], row["call"])
         if row["dataset"] == NO_DATASET:
             raise InputError(

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from tensorsleuth.capture.recorder import record
-from tensorsleuth.store import FormatError, IntegrityError, Trace, index, repair, verify
+from tensorsleuth.cli.app import main
+from tensorsleuth.store import IntegrityError, Trace, index, repair, verify
 from tensorsleuth.store.hdf5_file import INDEX_DATASET
 from tensorsleuth.store.journal import Journal, JournalHeader, read_journal
 from tensorsleuth.store.manifest import read_manifest, write_manifest
@@ -236,9 +237,42 @@ def test_a_shard_written_by_an_unknown_journal_version_is_left_for_the_version_t
     with monkeypatch.context() as patch:
         patch.setattr("tensorsleuth.store.journal.FORMAT_VERSION", 2)
         reopened(sound)
-    with pytest.raises(FormatError, match="repair it with the version that wrote it"):
-        repair(sound)
+    (salvage,) = repair(sound)
+    assert salvage.failed
+    assert "repair it with the version that wrote it" in salvage.note
     assert (sound.run_folder("run") / "rank0-2.h5.partial").exists()
+
+
+def test_damage_in_one_run_does_not_stop_the_repair_of_the_others(sound: Trace, read: Any) -> None:
+    for name in ("second", "third"):
+        capture(sound, name)
+    for shard in (sound.shards("run")[0], sound.shards("run")[1], sound.shards("second")[2]):
+        with shard.open("r+b") as file:
+            file.truncate(200)
+    (sound.run_folder("third") / "run.json").unlink()
+    sound.catalog_path.unlink()
+    trace = Trace.open(sound.path)
+    salvages = repair(trace)
+    assert [(s.run, s.shard, s.failed) for s in salvages] == [
+        ("run", "rank0-0.h5", True),
+        ("run", "rank0-1.h5", True),
+        ("second", "rank0-2.h5", True),
+    ]
+    assert len(read(trace, "run = 'third'")) == 12
+    assert main(["repair", str(sound.path)]) == 2
+
+
+def test_what_the_catalog_holds_is_not_entered_again(sound: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    capture(sound, "second")
+    reopened(sound)
+    trace = Trace.open(sound.path)
+    entered: list[str] = []
+    ingest = Trace.ingest
+    monkeypatch.setattr(Trace, "ingest", lambda self, run, **options: entered.append(run) or ingest(self, run))
+    repair(trace)
+    repair(trace)
+    assert entered == ["run"]
+    assert verify(trace).problems == ()
 
 
 def test_random_damage_anywhere_is_reported_or_harmless_and_never_crashes(sound: Trace, read: Any) -> None:
