@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..spec.architecture import Architecture, Attention, FeedForward
+from ..spec.architecture import Architecture, Attention, FeedForward, MixtureOfExperts
 from .attention_plan import is_grouped
+from .expert_conversion import expert_lines
+from .mixture_plan import target_of
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -64,7 +66,19 @@ def _renames_in_layers(spec: Architecture) -> list[tuple[str, str]]:
         pairs.append((f"{module}.{attention.query_key_norm.key}", f"{module}.k_layernorm"))
     if attention.sinks:
         pairs.append((f"{module}.{attention.sinks}", f"{module}.learned_sinks.sink"))
-    block = spec.feed_forward[0].block
+    for case in spec.feed_forward:
+        pairs += _block_renames(case.block) if case.block is not None else _expert_renames(case.experts)
+    return [(old, new) for old, new in pairs if old != new]
+
+
+def _expert_renames(mixture: MixtureOfExperts | None) -> list[tuple[str, str]]:
+    assert mixture is not None
+    module, target = mixture.module, target_of(mixture)
+    return [(f"{module}.{mixture.router.module}", f"{target}.router.linear_router")]
+
+
+def _block_renames(block: FeedForward) -> list[tuple[str, str]]:
+    pairs = []
     names = block_names(block)
     inside = f"{block.module}." if block.module else ""
     target = f"{block.module or 'mlp'}."
@@ -73,7 +87,7 @@ def _renames_in_layers(spec: Architecture) -> list[tuple[str, str]]:
         pairs += [(f"{inside}{old}", f"{target}{new}") for old, new in zip(old_names, names, strict=True)]
     else:
         pairs.append((f"{inside}{block.down}", f"{target}{names[-1]}"))
-    return [(old, new) for old, new in pairs if old != new]
+    return pairs
 
 
 def block_names(block: FeedForward) -> tuple[str, ...]:
@@ -108,7 +122,16 @@ def _layer_lines(spec: Architecture) -> tuple[list[str], list[str]]:
         lines.append("if repeats > 1:")
         lines.append(f"    repeat_kv_heads(state_dict, attention, {kv_heads}, repeats)")
         functions.append(_REPEAT_KV_HEADS)
-    block = spec.feed_forward[0].block
+    for case in spec.feed_forward:
+        found = _block_lines(case.block) if case.block is not None else expert_lines(case.experts, spec)
+        lines += found[0]
+        functions += found[1]
+    return lines, functions
+
+
+def _block_lines(block: FeedForward) -> tuple[list[str], list[str]]:
+    lines: list[str] = []
+    functions: list[str] = []
     name = block.module or "mlp"
     if block.transposed:
         lines.append(f"for name in ({', '.join(repr(n) for n in block_names(block))}):".replace("'", '"'))

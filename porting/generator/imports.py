@@ -10,6 +10,7 @@ _NXDI = "neuronx_distributed_inference"
 _MODULES: dict[str, tuple[str, ...]] = {
     "transformers.activations": ("ACT2FN",),
     "transformers.models.llama.modeling_llama": ("LlamaRMSNorm",),
+    f"{_NXD}.modules.moe.routing": ("RouterTopK",),
     f"{_NXD}.parallel_layers.layers": (
         "BaseParallelLinear",
         "ColumnParallelLinear",
@@ -29,7 +30,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     f"{_NXDI}.modules.moe_v2": ("initialize_moe_module",),
     f"{_NXDI}.utils.hf_adapter": ("load_pretrained_config",),
 }
-_PLAIN = {"math": "import math", "torch": "import torch", "nn": "from torch import nn"}
+_PLAIN = {"copy": "import copy", "math": "import math", "torch": "import torch", "nn": "from torch import nn"}
 
 
 def imports_for(text: str, transformers_names: Iterable[str]) -> str:
@@ -42,7 +43,7 @@ def imports_for(text: str, transformers_names: Iterable[str]) -> str:
     groups: list[list[str]] = [[], [], []]
     for name, statement in _PLAIN.items():
         if _uses(text, name):
-            groups[0 if name == "math" else 1].append(statement)
+            groups[0 if name in ("copy", "math") else 1].append(statement)
     top = sorted(name for name in transformers_names if _uses(text, name))
     if top:
         groups[1].append(f"from transformers import {', '.join(top)}")

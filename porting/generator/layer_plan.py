@@ -9,28 +9,24 @@ from ..spec.architecture import Architecture, Number, Term
 from .norm_plan import norm_constructor
 
 
-def layer_plan(
-    spec: Architecture, stem: str, attention: dict[str, Any], feed_forwards: list[dict[str, Any]]
-) -> dict[str, Any]:
+def layer_plan(spec: Architecture, stem: str, attention: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
     index = ", layer_idx" if attention["per_layer"] else ""
     modules = []
     norms = {named.name: named.norm for named in spec.layer.norms}
-    block = feed_forwards[0]
     for node in spec.layer.nodes:
         if node.role == "norm":
             modules.append(f"self.{node.name} = {norm_constructor(norms[node.name], 'config.hidden_size', stem)}")
         elif node.role == "attention":
             modules.append(f"self.{node.name} = Neuron{stem}Attention(config{index})")
         else:
-            made = "NeuronLlamaMLP" if block["native"] else f"Neuron{stem}{block['class_suffix']}"
-            modules.append(f"self.{block['name']} = {made}(config)")
+            modules.extend(block["constructor"])
     terms = [term for node in spec.layer.nodes for term in node.terms] + list(spec.layer.output)
     factors = dict.fromkeys(term.factor for term in terms if term.factor is not None)
     modules.extend(f"self.{_attribute(factor)} = {factor.expression}" for factor in factors)
     return {
         "modules": modules,
         "forward": list(_forward(spec, block)),
-        "per_layer": attention["per_layer"],
+        "per_layer": attention["per_layer"] or block["per_layer"],
         "own_rotary": attention["own_rotary"],
     }
 
@@ -56,8 +52,8 @@ def _forward(spec: Architecture, block: dict[str, Any]) -> Iterator[str]:
             continue
         names[node.name] = f"after_{node.name}"
         called = block["name"] if node.role == "feed_forward" else node.name
-        first = "[0]" if node.role == "feed_forward" and block["native"] else ""
-        yield f"{names[node.name]} = self.{called}({given}){first}"
+        extra, first = (block["extra"], block["first"]) if node.role == "feed_forward" else ("", "")
+        yield f"{names[node.name]} = self.{called}({given}{extra}){first}"
     yield f"hidden_states = {_sum(spec.layer.output, names, sums)}"
 
 

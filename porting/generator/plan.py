@@ -15,7 +15,7 @@ from ..spec.document import numbers_in
 from .attention_plan import TAKES_SCALE, attention_plan, heads_norm_plan, rotary_plan
 from .conversion import conversion_of
 from .ends_plan import embedding_plan, head_plan
-from .feed_forward_plan import feed_forward_plans
+from .feed_forward_plan import feed_forward_plan
 from .layer_plan import layer_plan
 from .norm_plan import norm_plan
 
@@ -38,8 +38,8 @@ def plan(spec: Architecture, sdk: str | None) -> dict[str, Any]:
         raise InputError(f"SDK {sdk!r} is unknown; choose one of {', '.join(RELEASES)}")
     stem = stem_of(spec)
     attention = attention_plan(spec, stem, sdk or TAKES_SCALE)
-    feed_forwards = feed_forward_plans(spec)
-    derived = list(_derived(spec, attention, feed_forwards))
+    feed_forward = feed_forward_plan(spec, stem)
+    derived = list(_derived(spec, attention, feed_forward))
     return {
         "spec": spec,
         "stem": stem,
@@ -49,12 +49,12 @@ def plan(spec: Architecture, sdk: str | None) -> dict[str, Any]:
         "heads_norm": heads_norm_plan(spec),
         "blocks": rotary_plan(spec, attention),
         "attention": attention,
-        "feed_forwards": feed_forwards,
-        "layer": layer_plan(spec, stem, attention, feed_forwards),
+        "feed_forward": feed_forward,
+        "layer": layer_plan(spec, stem, attention, feed_forward),
         "embedding": embedding_plan(spec, stem),
         "head": head_plan(spec, stem),
         "conversion": conversion_of(spec),
-        "neuron_config_base": "NeuronConfig",
+        "neuron_config_base": "MoENeuronConfig" if feed_forward["mixture"] else "NeuronConfig",
         "derived": derived,
         "required": list(_required(spec)),
     }
@@ -73,10 +73,10 @@ def _required(spec: Architecture) -> Iterator[str]:
     yield from sorted(keys)
 
 
-def _derived(spec: Architecture, attention: dict[str, Any], feed_forwards: list[dict[str, Any]]) -> Iterator[str]:
+def _derived(spec: Architecture, attention: dict[str, Any], feed_forward: dict[str, Any]) -> Iterator[str]:
     """Lines that give the library's blocks the names they read."""
-    if any(ff["native"] for ff in feed_forwards):
-        block = spec.feed_forward[0].block
+    if feed_forward["native"]:
+        block = next(case.block for case in spec.feed_forward if case.block is not None)
         for name, expression in (
             ("hidden_act", block.activation),
             ("intermediate_size", block.intermediate.expression),

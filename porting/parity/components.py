@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from ..generator.conversion import block_names
-from ..spec.architecture import Architecture
+from ..generator.mixture_plan import target_of
+from ..spec.architecture import Architecture, FeedForward, MixtureOfExperts
 
 _WEIGHTS = "the port returns no attention weights"
 _LOGITS = "the port scales or bounds logits in its projection"
@@ -62,7 +63,19 @@ def _pairs(spec: Architecture, n_layers: int) -> Iterator[tuple[str, str, str]]:
 
 
 def _of_block(spec: Architecture, source: str, target: str) -> Iterator[tuple[str, str, str]]:
-    block = spec.feed_forward[0].block
+    for case in spec.feed_forward:
+        if case.experts is not None:
+            yield from _of_experts(case.experts, source, target)
+        elif case.block is not None:
+            yield from _of_dense(case.block, source, target)
+
+
+def _of_experts(mixture: MixtureOfExperts, source: str, target: str) -> Iterator[tuple[str, str, str]]:
+    router = f"{source}.{mixture.module}.{mixture.router.module}"
+    yield router, f"{target}.{target_of(mixture)}.router.linear_router", "the router"
+
+
+def _of_dense(block: FeedForward, source: str, target: str) -> Iterator[tuple[str, str, str]]:
     if block.module:
         source, target = f"{source}.{block.module}", f"{target}.{block.module}"
         yield source, target, "the feed-forward block"

@@ -101,7 +101,7 @@ class AttentionAnalysis:
             query_key_norm=norm,
             softcap=softcap,
             clip=clip,
-            sinks=self._sinks(softmax),
+            sinks=self._sinks(softmax, self._numbers.value(scale.expression, self._numbers.small) / factor),
         )
         return LayerAttention(attention, self._claims(attention))
 
@@ -254,6 +254,8 @@ class AttentionAnalysis:
         real = scores > _MASKED
         line = source_line(self._module, "scaling") or source_line(self._module, "softmax")
         x, y = plain[real], scores[real]
+        if softmax.scores.shape[-1] > plain.shape[-1]:  # with sinks, models subtract each row's maximum
+            x, y = (_centred(value, real)[real] for value in (plain, scores))
         scale = float((x * y).sum() / (x * x).sum())
         if (y - scale * x).norm() <= 1e-4 * y.norm():
             return self._scale(scale, line), None
@@ -312,14 +314,16 @@ class AttentionAnalysis:
                 return name
         raise self._fail("an operation between attention and its output projection")
 
-    def _sinks(self, softmax: Softmax) -> str:
+    def _sinks(self, softmax: Softmax, scale: float) -> str:
         extra = softmax.scores.shape[-1] - softmax.left.shape[2]
         if extra == 0:
             return ""
-        column = softmax.scores[0, :, 0, -1]
+        scores = softmax.scores[0, :, 0]
+        column = scores[:, -1] - scores[:, 0]  # of the first query, which sees the first key only
+        plain = scale * (softmax.left[0, :, 0] * softmax.right[0, :, :, 0]).sum(-1)
         for name, parameter in self._module.named_parameters(recurse=False):
-            difference = parameter.detach().flatten() - column if parameter.numel() == column.numel() else None
-            if extra == 1 and difference is not None and float(difference.std()) < 1e-5:
+            fits = parameter.numel() == column.numel()
+            if extra == 1 and fits and torch.allclose(parameter.detach().flatten(), column + plain, atol=1e-4):
                 self._sources.add("attention.sinks", f"checkpoint: {self._path}.{name}")
                 return name
         raise self._fail("additional scores in the softmax")
@@ -347,6 +351,12 @@ def _constant_ratio(before: torch.Tensor, after: torch.Tensor) -> float | None:
         return 1.0
     factor = float((before * after).sum() / (before * before).sum())
     return factor if same(factor * before, after) else None
+
+
+def _centred(values: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Values less the mean of each row's real ones."""
+    mean = (values.masked_fill(~real, 0.0).sum(-1, keepdim=True)) / real.sum(-1, keepdim=True)
+    return values - mean
 
 
 def with_cases(attention: Attention, rotary: tuple[RotaryCase, ...], mask: tuple[MaskCase, ...]) -> Attention:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ...capture.hf import ModelSource, load_config
 from ...store.errors import InputError
-from .architecture import Architecture, FeedForward, FeedForwardCase, Layer, MaskCase, RotaryCase
+from .architecture import Architecture, FeedForwardCase, Layer, MaskCase, RotaryCase
 from .attention import AttentionAnalysis, LayerAttention, with_cases
 from .checkpoint import checkpoint_keys
 from .document import leaves, without_cases
@@ -22,6 +22,7 @@ from .feed_forward import analyse_feed_forward
 from .feed_forward import claims as feed_forward_claims
 from .hostile import hostile_model, tokens_for
 from .layers import LayerAnalysis, cases_of, find_layers
+from .mixture import MixtureAnalysis
 from .observation import Observation, observe, source_line
 from .sources import Sources
 
@@ -32,8 +33,9 @@ _IGNORED = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"attention\.(
 class _Parts:
     layer: Layer
     attention: LayerAttention
-    block: FeedForward
+    block: FeedForwardCase
     block_path: str
+    block_claims: tuple[str, ...]
 
 
 def analyse_model(path: Path) -> Architecture:
@@ -78,7 +80,9 @@ def analyse_config(config: Any) -> Architecture:
         raise InputError(f"unsupported: attention of {type(model).__name__} differs between layers")
     rotary = cases_of([a.rotary[0].rotary for a in found], numbers, "rotary embedding", RotaryCase)
     mask = cases_of([_bare(a.mask[0]) for a in found], numbers, "mask", lambda c, m: MaskCase(c, m.kind, m.size))
-    blocks = cases_of([part.block for part in parts], numbers, "feed-forward block", FeedForwardCase)
+    blocks = cases_of(
+        [part.block for part in parts], numbers, "feed-forward block", lambda c, b: replace(b, condition=c)
+    )
     architecture = Architecture(
         model_type=config.model_type,
         class_name=type(model).__name__,
@@ -105,8 +109,12 @@ def _analyse_layer(seen: Observation, path: str, numbers: Expressions, sources: 
     analysis = LayerAnalysis(seen, path, numbers, sources)
     attention = AttentionAnalysis(seen, analysis.attention, numbers, sources).run()
     block_path, calls = analysis.feed_forward()
+    if analysis.has_experts:
+        mixture = MixtureAnalysis(seen, block_path, numbers, sources)
+        case = FeedForwardCase("", None, mixture.run())
+        return _Parts(analysis.run(), attention, case, block_path, mixture.claims)
     block = analyse_feed_forward(seen, block_path, calls, numbers, sources)
-    return _Parts(analysis.run(), attention, block, block_path)
+    return _Parts(analysis.run(), attention, FeedForwardCase("", block), block_path, feed_forward_claims(block))
 
 
 def _wiring(layer: Layer) -> object:
@@ -161,7 +169,7 @@ def _check_claims(seen: Observation, layers: str, parts: list[_Parts], architect
         claimed |= {f"{inside}.{norm.name}.{kind}" for norm in part.layer.norms for kind in ("weight", "bias")}
         attention = part.attention
         claimed |= {f"{inside}.{attention.attention.module}.{name}" for name in attention.claims}
-        claimed |= {f"{part.block_path}.{name}" for name in feed_forward_claims(part.block)}
+        claimed |= {f"{part.block_path}.{name}" for name in part.block_claims}
     for name, _ in seen.model.named_parameters():
         if name not in claimed:
             raise InputError(f"unsupported: parameter {name} of {architecture.class_name} has no place in the port")

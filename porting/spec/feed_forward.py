@@ -22,6 +22,7 @@ _WIDTHS = (
     "4 * config.hidden_size",
     "config.moe_intermediate_size",
     "config.shared_expert_intermediate_size",
+    "config.moe_intermediate_size * config.n_shared_experts",
 )
 _ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation", "feed_forward_proj")
 
@@ -52,7 +53,7 @@ def analyse_feed_forward(
     if len(linears) not in (2, 3):
         raise InputError(f"unsupported: {len(linears)} projections in {where}")
     *ups, down = linears
-    key, name = _activation(numbers, where)
+    key, name = activation_of(numbers, where)
     fitting = [
         (gate, up, layout)
         for gate, up, layout, hidden in _candidates(ups, ACT2FN[name])
@@ -61,9 +62,7 @@ def analyse_feed_forward(
     if len(fitting) != 1:
         raise InputError(f"unsupported: {where} is no gated and no plain block with activation {name}")
     ((gate, up, layout),) = fitting
-    width = numbers.find(down.input.shape[-1], _WIDTHS)
-    if width is None:
-        raise InputError(f"unsupported: width {down.input.shape[-1]} of {where}, which no configuration key gives")
+    width = width_of(numbers, down.input.shape[-1], where)
     kind = "gated" if gate is not None else "plain"
     local = [call.path.removeprefix(f"{path}.") for call in (gate or up, up, down)]
     sources.measured(
@@ -91,7 +90,24 @@ def analyse_feed_forward(
     )
 
 
-def _activation(numbers: Expressions, where: str) -> tuple[str, str]:
+def width_of(numbers: Expressions, measured: int, where: str) -> Number:
+    """The configuration's expression of an inner width.
+
+    Raises:
+        InputError: there is none.
+    """
+    width = numbers.find(measured, _WIDTHS)
+    if width is None:
+        raise InputError(f"unsupported: width {measured} of {where}, which no configuration key gives")
+    return width
+
+
+def activation_of(numbers: Expressions, where: str) -> tuple[str, str]:
+    """The configuration key that names the activation, and the name.
+
+    Raises:
+        InputError: there is none.
+    """
     for key in _ACTIVATION_KEYS:
         name = getattr(numbers.small, key, None)
         if isinstance(name, str) and name in ACT2FN:

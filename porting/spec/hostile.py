@@ -30,7 +30,24 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "sliding_window": 7,
     "attention_chunk_size": 8,
+    "num_experts": 6,
+    "num_local_experts": 6,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 80,
+    "shared_expert_intermediate_size": 72,
+    "n_shared_experts": 2,
+    "n_group": 3,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 40,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 20,
 }
+#: Absent or null in many configurations, where they switch a feature off.
+_SWITCHES = ("sliding_window", "attention_chunk_size", "q_lora_rank", "n_group", "topk_group", "n_shared_experts")
 _TIED_HEAD_DIM = _SIZES["hidden_size"] // _SIZES["num_attention_heads"]
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 #: Factors that are 1 (or what the size dictates) in many configurations, and would then go unseen.
@@ -44,11 +61,13 @@ _FACTORS: dict[str, float] = {
     "attn_logit_softcapping": 2.5,
     "final_logit_softcapping": 3.5,
     "clip_qkv": 1.1,
+    "routed_scaling_factor": 1.3,
+    "router_jitter_noise": 0.2,
 }
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 _EPSILON = 3e-4
 #: Dropout, and what else differs between training and inference.
-_SILENT = ("dropout", "pdrop", "drop_prob", "jitter")
+_SILENT = ("dropout", "pdrop", "drop_prob")
 _PER_LAYER = ("layer_types", "no_rope_layers", "rope_layers", "mlp_layer_types")
 _SCALE_OF_BIAS = 0.3
 _SCALE_OF_NORM = 0.3
@@ -66,9 +85,11 @@ def small_config(config: Any, *, free_head_dim: bool = True) -> Any:
     wanted = {key: value for key, value in _SIZES.items() if key in known}
     if "head_dim" in wanted and (not free_head_dim or config.head_dim is None):
         wanted["head_dim"] = None if config.head_dim is None else _TIED_HEAD_DIM
-    for key in ("sliding_window", "attention_chunk_size", "pad_token_id", "bos_token_id"):
-        if getattr(config, key, None) is None and key != "pad_token_id":
+    for key in (*_SWITCHES, "bos_token_id"):
+        if not getattr(config, key, None):
             wanted.pop(key, None)
+    if getattr(config, "n_group", None) == 1:  # one group is none
+        wanted.update(n_group=1, topk_group=1)
     for key in _KV_HEADS:
         if key in known:
             wanted[key] = _kv_heads(config, key)
@@ -169,6 +190,10 @@ def random_model(config: Any, seed: int = 0) -> torch.nn.Module:
                 parameter.copy_(noise / fan_in**0.5)
             else:
                 parameter.copy_(noise / max(parameter.shape[1:]) ** 0.5)
+        kept = set(model.state_dict())
+        for name, buffer in model.named_buffers():
+            if name in kept and buffer.is_floating_point() and buffer.ndim == 1:
+                buffer.copy_(_SCALE_OF_BIAS * torch.randn(buffer.shape, generator=generator))
     return model.eval()
 
 

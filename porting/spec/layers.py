@@ -11,6 +11,7 @@ from ...store.errors import InputError
 from .architecture import Layer, NamedNorm, Node, Number, Term
 from .expressions import Expressions
 from .feed_forward import is_linear
+from .mixture import is_mixture
 from .norms import analyse_norm, is_norm
 from .observation import Call, Observation, source_line
 from .sources import Sources
@@ -92,6 +93,11 @@ class LayerAnalysis:
             names = ", ".join(c.path.rpartition(".")[2] for c in blocks) or "none"
             raise InputError(f"unsupported: feed-forward blocks in the layer {self._path}: {names}")
         return blocks[0].path, [c for c in self._seen.inside(blocks[0].path) if is_linear(c.module)]
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the feed-forward block is a mixture of experts."""
+        return is_mixture(self._seen.model.get_submodule(self.feed_forward()[0])) and not self.loose
 
     def run(self) -> Layer:
         """Explain the layer.
