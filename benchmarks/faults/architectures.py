@@ -11,9 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ SEED = 20
 STEPS, BATCH, CONTEXT, PEAK_RATE = 240, 16, 64, 3e-3
 OUTLIERS = (7, 40, 101)
 #: Changes with every change of how weights are made, so that an old cache is not used.
-RECIPE = 2
+RECIPE = 3
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -149,7 +148,6 @@ class Checkpoint:
 
     architecture: Architecture
     folder: Path
-    _loaded: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def model(self, dtype: torch.dtype) -> Any:
         """A fresh model; the caller may change it."""
@@ -157,41 +155,40 @@ class Checkpoint:
         return model.requires_grad_(False).eval()
 
 
-def checkpoint(name: str, cache: Path, progress: Callable[[str], None] = lambda _: None) -> Checkpoint:
-    """The trained model of an architecture; made when the cache does not hold it."""
+def checkpoint(name: str, store: Path, steps: int = STEPS) -> Checkpoint:
+    """The trained model of an architecture; made, in about a minute, when the cache does not hold it."""
     architecture = ARCHITECTURES[name]
-    recipe = json.dumps([RECIPE, SIZES, architecture.extra, SEED, STEPS, BATCH, CONTEXT, PEAK_RATE], sort_keys=True)
-    folder = cache / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    recipe = json.dumps([RECIPE, SIZES, architecture.extra, SEED, steps, BATCH, CONTEXT, PEAK_RATE], sort_keys=True)
+    folder = store / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     if not (folder / "model.safetensors").exists():
-        started = time.perf_counter()
-        losses = _make(architecture, folder)
-        progress(
-            f"{name}: trained {STEPS} steps in {time.perf_counter() - started:.0f} s, "
-            f"loss {losses[0]:.2f} to {losses[-1]:.2f} nats a byte"
-        )
+        _make(architecture, folder, steps)
     return Checkpoint(architecture, folder)
 
 
-def token_stream() -> Tensor:
-    """Bytes of the training text, [n] int64."""
-    text = b"\n\n".join(document.encode() for document in documents())[: 1 << 20]
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+@cache
+def token_stream(size: int = 1 << 18) -> Tensor:
+    """The first bytes of the training text, `[size]` int64."""
+    text = bytearray()
+    for document in documents():
+        text += document.encode() + b"\n\n"
+        if len(text) >= size:
+            break
+    return torch.frombuffer(text[:size], dtype=torch.uint8).long()
 
 
-def _make(architecture: Architecture, folder: Path) -> list[float]:
+def _make(architecture: Architecture, folder: Path, steps: int) -> None:
     torch.manual_seed(SEED)
     model = transformers.AutoModelForCausalLM.from_config(architecture.config(), attn_implementation="eager").float()
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _initialise(name, parameter, generator, offset_norm="offset_norm" in architecture.features)
-    losses = _train(model, generator, moe="moe" in architecture.features)
+    _train(model, generator, steps, moe="moe" in architecture.features)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16().float())
     folder.parent.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
-    return losses
 
 
 def _initialise(name: str, parameter: Tensor, generator: torch.Generator, *, offset_norm: bool) -> None:
@@ -220,14 +217,13 @@ def _initialise(name: str, parameter: Tensor, generator: torch.Generator, *, off
         parameter.copy_(matrix)
 
 
-def _train(model: Any, generator: torch.Generator, *, moe: bool) -> list[float]:
+def _train(model: Any, generator: torch.Generator, steps: int, *, moe: bool) -> None:
     tokens = token_stream()
     optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.01)
     extra = {"output_router_logits": True} if moe else {}
-    losses = []
     model.train()
-    for step in range(STEPS):
-        rate = PEAK_RATE * min((step + 1) / 20, 0.05 + 0.95 * (1 - step / STEPS))
+    for step in range(steps):
+        rate = PEAK_RATE * min((step + 1) / 20, 0.05 + 0.95 * (1 - step / steps))
         for group in optimiser.param_groups:
             group["lr"] = rate
         starts = torch.randint(len(tokens) - CONTEXT, (BATCH,), generator=generator)
@@ -237,9 +233,7 @@ def _train(model: Any, generator: torch.Generator, *, moe: bool) -> list[float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        losses.append(loss.item())
     model.eval()
-    return losses
 
 
 def prompts(count: int = 12, shortest: int = 18, longest: int = 26) -> list[tuple[int, ...]]:

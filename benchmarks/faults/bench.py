@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from tensorsleuth.capture.prompts import EncodedPrompt, PromptInput, teacher_pro
 from tensorsleuth.capture.selection import Selection
 from tensorsleuth.store import Trace
 
-from .architectures import PAD, Checkpoint, checkpoint, prompts
+from .architectures import PAD, STEPS, Checkpoint, checkpoint, prompts
 from .effect import Observation, effects, observe
 from .effect import truth as truth_of
 from .fault import Fault, Severity
@@ -54,6 +54,7 @@ class Settings:
         inputs: record inputs of modules too.
         n_prompts: prompts.
         n_decode: decode steps.
+        steps: optimiser steps of the checkpoints' training.
     """
 
     cache: Path
@@ -61,6 +62,7 @@ class Settings:
     inputs: bool = True
     n_prompts: int = 12
     n_decode: int = 4
+    steps: int = STEPS
 
 
 @dataclass(frozen=True)
@@ -105,12 +107,11 @@ class Bench:
 
     name: str
     settings: Settings
-    _models: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """Its trained weights."""
-        return checkpoint(self.name, self.settings.cache)
+        return checkpoint(self.name, self.settings.cache, self.settings.steps)
 
     @property
     def generation(self) -> Generation:
@@ -128,7 +129,8 @@ class Bench:
         quiet_transformers()
         recorder.SMALL_PARAMETER_BYTES = STORED_PARAMETER_BYTES
         kind = "both" if self.settings.inputs else "outputs"
-        path = self.settings.scratch / f"{self.name}-{kind}-{self.settings.n_prompts}-{self.settings.n_decode}"
+        numbers = f"{self.settings.steps}-{self.settings.n_prompts}-{self.settings.n_decode}"
+        path = self.settings.scratch / f"{self.name}-{kind}-{numbers}"
         if not (path / "done").exists():
             shutil.rmtree(path, ignore_errors=True)
             self._capture_references(Trace.create(path / "trace"))
