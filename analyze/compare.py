@@ -119,7 +119,7 @@ def compare(trace: Trace, request: ComparisonRequest, *, progress: Progress = no
         mapping = _with_baseline(mapping, sites_of(trace, request.baseline))
     chunks = _chunks(mapping.pairs, {info.site: info.n_tensors for info in mapped.reference})
     covered: list[Covered] = []
-    judging = Judging(trace, runs, request.thresholds, request.replicates, request.calibration)
+    judging = Judging(trace, runs, request.thresholds, request.replicates, request.calibration, chunks)
     with ResultWriter(trace.path, request.comparison) as results:
         for number, (pair, aligned, expected) in enumerate(_aligned_pairs(trace, request, chunks, prompts)):
             progress(pair.reference.name, number, len(mapping.pairs))

@@ -118,7 +118,8 @@ def parse_replicate(text: str) -> Replicate:
     name = _SETTINGS.get(kind)
     if kind in KINDS and (name is None or not value.isdecimal()):
         raise InputError(f"replicate {text!r} cannot be read; write for example summation:2, threads:2 or perturb:1")
-    return replace(Replicate(kind), **{name: int(value)} if name else {})
+    settings: dict[str, Any] = {name: int(value)} if name else {}
+    return replace(Replicate(kind), **settings)
 
 
 def _replicated(trace: Trace, run: str, fingerprint: str, dtype: str) -> list[str]:
@@ -178,9 +179,11 @@ def _perturbed(model: torch.nn.Module, adapter: CausalModel, seed: int, share: f
         raise InputError(f"{type(model).__name__} has no input embedding to perturb; choose another kind of replicate")
     now: dict[str, torch.Tensor] = {}
 
-    def drive(ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: Any) -> Any:
-        now["ids"], now["positions"] = ids, positions
-        return adapter(ids, mask, positions, cache)
+    def drive(
+        input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, cache: Any
+    ) -> tuple[torch.Tensor, Any]:
+        now["ids"], now["positions"] = input_ids, position_ids
+        return adapter(input_ids, attention_mask, position_ids, cache)
 
     def perturb(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         signs = _signs(now["ids"], now["positions"], output.shape[-1], seed, share).to(output.device)

@@ -135,4 +135,4 @@ def _saddle(sizes: FloatArray, level: FloatArray) -> FloatArray:
         with np.errstate(divide="ignore", invalid="ignore"):
             step = u - gap / ((1.0 - tanh * tanh) @ (sizes * sizes))
         u = np.where((step > low) & (step < high), step, 0.5 * (low + high))
-    return u
+    return np.asarray(u)

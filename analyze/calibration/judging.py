@@ -31,14 +31,15 @@ class Judging:
         thresholds: Thresholds,
         replicates: Sequence[str] = (),
         calibration: Calibration | None = None,
+        chunks: Sequence[Sequence[Pair]] = (),
     ) -> None:
-        """Prepare for a comparison of reference, baseline and target."""
+        """Prepare for a comparison of reference, baseline and target, whose pairs come in `chunks`."""
         self._thresholds, self._calibration = thresholds, calibration
         self._baseline, self._target = runs[1:]
         config = trace.manifest(runs[0]).provenance.get("config")
         experts = Experts.of(config) if isinstance(config, dict) and runs[1] is not None else None
         self._routing = RoutingLedger(experts)
-        self._replicates = Replicates(trace, runs[0], replicates, self._routing) if replicates else None
+        self._replicates = Replicates(trace, runs[0], replicates, self._routing, chunks) if replicates else None
         self._gathered = Gathered(len(replicates))
 
     def measure(self, pair: Pair, exec_order: int, aligned: Mapping[str, Mapping[int, AlignedSite]]) -> list[Judged]:

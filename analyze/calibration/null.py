@@ -21,7 +21,7 @@ import numpy as np
 from scipy.special import digamma, polygamma
 from scipy.stats import t as student
 
-from ..triples import FloatArray
+from ..triples import FloatArray, IntArray
 
 #: Largest prior weight, degrees of freedom. Sites depend on each other, so how alike their variances look is known from
 #: fewer of them than there are: more weight would promise tails that nobody has seen.
@@ -89,14 +89,14 @@ def prior_variance(variance: FloatArray, freedom: FloatArray, kinds: Sequence[st
     level = np.log(variance[known]) - digamma(half) + np.log(half)
     noise = polygamma(1, half)
     names, which = np.unique(np.asarray(kinds, dtype=str), return_inverse=True)
-    means, inside = _kind_means(level, which[known], len(names))
+    means, inside = _kind_means(level, which[known].astype(np.int64), len(names))
     doubt = 1.0 + np.sqrt(2.0 / max(len(level) / _DEPENDENT_SITES, 1.0))
     excess = inside * doubt - float(noise.mean())
     weight = min(2.0 * _inverse_trigamma(excess), _MOST_WEIGHT) if excess > 0 else _MOST_WEIGHT
     return np.exp(means[which] - np.log(weight / 2) + digamma(weight / 2)), weight
 
 
-def _kind_means(level: FloatArray, which: FloatArray, count: int) -> tuple[FloatArray, float]:
+def _kind_means(level: FloatArray, which: IntArray, count: int) -> tuple[FloatArray, float]:
     """Mean level of every kind, shrunk to the overall mean, and the variance within kinds."""
     overall = float(level.mean())
     sizes = np.bincount(which, minlength=count)

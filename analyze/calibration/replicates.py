@@ -18,6 +18,8 @@ from ..align import PromptPair, Selection, align, match_prompts
 from ..loading import load_sites
 from ..measure import measure
 from ..pairs import Pair
+from ..ranks import Stored
+from ..sites import Site
 from ..triples import FloatArray, IntArray
 from .routing import RoutingLedger
 
@@ -47,8 +49,25 @@ class AtSite:
 class Replicates:
     """The replicate runs of a comparison; holds the errors of one site at a time."""
 
-    def __init__(self, trace: Trace, reference: str, runs: Sequence[str], routing: RoutingLedger) -> None:
-        """Match the prompts of every two replicates with the reference's; `routing` receives their flips."""
+    def __init__(
+        self,
+        trace: Trace,
+        reference: str,
+        runs: Sequence[str],
+        routing: RoutingLedger,
+        chunks: Sequence[Sequence[Pair]],
+    ) -> None:
+        """Match the prompts of every two replicates with the reference's.
+
+        Args:
+            trace: the trace.
+            reference: the reference run.
+            runs: the replicates.
+            routing: receives their flips.
+            chunks: pairs whose index rows are loaded together.
+        """
+        self._chunks = chunks
+        self._stored: dict[tuple[str, Site], list[Stored]] = {}
         self._trace, self._reference, self.runs, self._routing = trace, reference, tuple(runs), routing
         self._couples: list[tuple[str | None, str, list[PromptPair]]] = []
         for first in range(0, len(runs), 2):
@@ -64,9 +83,17 @@ class Replicates:
             self._last = (key, self._read(pair))
         return self._last[1]
 
+    def _load(self, site: Site) -> dict[tuple[str, Site], list[Stored]]:
+        if (self._reference, site) not in self._stored:
+            chunk = next((chunk for chunk in self._chunks if any(pair.reference == site for pair in chunk)), ())
+            sites = dict.fromkeys([pair.reference for pair in chunk] or [site])
+            wanted = [(run, each) for run in (self._reference, *self.runs) for each in sites]
+            self._stored = load_sites(self._trace, wanted)
+        return self._stored
+
     def _read(self, pair: Pair) -> AtSite:
         site = pair.reference
-        stored = load_sites(self._trace, [(run, site) for run in (self._reference, *self.runs)])
+        stored = self._load(site)
         selection = Selection(pair.reference_columns, pair.reference_columns)
         found: dict[str, dict[int, list[TokenSquares]]] = {run: {} for run in self.runs}
         for one, other, prompts in self._couples:

@@ -82,12 +82,14 @@ class Routed:
 
     def at(self, which: BoolArray) -> Routed:
         """Some of the tokens."""
-        return Routed(*(column[which] for column in self.columns()))
+        positions, baseline, target, tied, expected = self.columns()
+        return Routed(positions[which], baseline[which], target[which], tied[which], expected[which])
 
     @classmethod
     def joined(cls, parts: Sequence[Routed]) -> Routed:
         """The tokens of all parts."""
-        return cls(*(np.concatenate(column) for column in zip(*(part.columns() for part in parts), strict=True)))
+        positions, baseline, target, tied, expected = zip(*(part.columns() for part in parts), strict=True)
+        return cls(*map(np.concatenate, (positions, baseline, target, tied, expected)))
 
     def away(self, run: BoolArray) -> IntArray:
         """Positions whose experts are not surely the reference's in one of the runs."""
@@ -107,8 +109,8 @@ def _routed(triple: Triple, chosen: int) -> Routed:
         away = [(run != sets[0]).any(axis=1) for run in sets[1:]]
         return Routed(triple.positions, away[0], away[1], nothing, np.full(len(nothing), np.nan))
     scores = [run.astype(np.float64) for run in runs]
-    sets, margins = zip(*(_top(run, chosen) for run in scores), strict=True)
-    away = [(run != sets[0]).any(axis=1) for run in sets[1:]]
+    masks, margins = zip(*(_top(run, chosen) for run in scores), strict=True)
+    away = [(mask != masks[0]).any(axis=1) for mask in masks[1:]]
     tied = np.any([margin == 0.0 for margin in margins], axis=0)
     return Routed(triple.positions, away[0], away[1], tied, _expected(scores[0], scores[1], margins[0], away[0]))
 
