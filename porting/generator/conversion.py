@@ -64,8 +64,6 @@ def _renames_in_layers(spec: Architecture) -> list[tuple[str, str]]:
     if attention.query_key_norm is not None:
         pairs.append((f"{module}.{attention.query_key_norm.query}", f"{module}.q_layernorm"))
         pairs.append((f"{module}.{attention.query_key_norm.key}", f"{module}.k_layernorm"))
-    if attention.sinks:
-        pairs.append((f"{module}.{attention.sinks}", f"{module}.learned_sinks.sink"))
     for case in spec.feed_forward:
         pairs += _block_renames(case.block) if case.block is not None else _expert_renames(case.experts)
     return [(old, new) for old, new in pairs if old != new]
@@ -111,6 +109,9 @@ def _layer_lines(spec: Architecture) -> tuple[list[str], list[str]]:
     elif len(set(attention.qkv_bias)) > 1:
         lines.append("add_missing_biases(state_dict, attention)")
         functions.append(_MISSING_BIASES)
+    if attention.sinks:
+        old = f'f"{{attention}}.{attention.sinks}"'
+        lines.append(f'state_dict[f"{{attention}}.learned_sinks.sink"] = state_dict.pop({old})')
     norms = attention.query_key_norm
     if norms is not None and norms.list_name:
         lines.append('for name in ("q_layernorm", "k_layernorm"):')
