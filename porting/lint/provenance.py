@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from ..structure.meta import OnMeta
 
 
-class Provenance(OnMeta):
+class Provenance(OnMeta):  # type: ignore[no-untyped-call]
     """While active, remembers for every tensor's storage the checkpoint keys that went into it.
 
     Tensors that were seen are kept alive, so that a storage's identity is not given to another one: use it for tensors
@@ -20,7 +20,7 @@ class Provenance(OnMeta):
 
     def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
         """`weights` are the checkpoint's tensors by key."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._sources: dict[int, set[str]] = {}
         self._kept: list[torch.Tensor] = []
         for key, weight in weights.items():

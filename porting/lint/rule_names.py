@@ -43,7 +43,11 @@ def unknown_name(file: PortFile) -> Iterator[Finding]:
         for alias in node.names:
             if alias.name != "*" and file.release.find(module, alias.name) is None:
                 yield _unknown(file.release, node, module, alias.name)
-    patched = {node.attr for node in file.walk(ast.Attribute) if isinstance(getattr(node, "ctx", None), ast.Store)}
+    patched = {
+        node.attr
+        for node in file.walk(ast.Attribute)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    }
     for node in file.walk(ast.Attribute):
         assert isinstance(node, ast.Attribute)
         base = file.resolve(node.value)

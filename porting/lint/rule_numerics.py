@@ -192,7 +192,8 @@ def _split_source(cls: PortClass, node: ast.Call) -> str:
     if ast.unparse(node.func).rpartition(".")[2] not in ("chunk", "split", "tensor_split"):
         return ""
     bare = isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) not in ("torch", "F")
-    value = node.func.value if bare and isinstance(node.func, ast.Attribute) else (node.args or [None])[0]
+    first = node.args[0] if node.args else None
+    value = node.func.value if bare and isinstance(node.func, ast.Attribute) else first
     if isinstance(value, ast.Name):
         function = cls.file.function_around(node)
         assigned = [

@@ -231,9 +231,8 @@ def _rank_tensors(method: Function) -> set[str]:
     """Names of a method that hold tensors for certain: ranks, and positions among its parameters."""
     names = {item.arg for item in (*method.args.args, *method.args.kwonlyargs) if item.arg in _POSITIONS}
     for node in ast.walk(method):
-        single = isinstance(node, ast.Assign) and len(node.targets) == 1
-        if single and isinstance(node.targets[0], ast.Name) and _is_tensor(node.value, names):
-            names.add(node.targets[0].id)
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and _is_tensor(node.value, names):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
     return names
 
 

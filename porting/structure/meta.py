@@ -22,7 +22,7 @@ from ...store.errors import InputError
 _LENGTH = 64
 
 
-class OnMeta(TorchDispatchMode):
+class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, tensors are made on the meta device, whatever device is asked for."""
 
     def __torch_dispatch__(
@@ -116,7 +116,7 @@ def port_config(
 def model_on_meta(model_class: Any, configuration: Any) -> torch.nn.Module:
     """The model of a causal model class, inside `one_rank`."""
     os.environ["NXD_CPU_MODE"] = "1"
-    with warnings.catch_warnings(), OnMeta(), torch.device("meta"):
+    with warnings.catch_warnings(), OnMeta(), torch.device("meta"):  # type: ignore[no-untyped-call]
         warnings.simplefilter("ignore")
         model: torch.nn.Module = model_class._model_cls(configuration)
     return model.eval()

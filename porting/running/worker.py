@@ -1,0 +1,71 @@
+"""One rank that answers prompts on a CPU: `python -m tensorsleuth.porting.running.worker JOB RANK PIPE PARENT`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...capture.hf import parse_dtype, quiet_transformers
+from ...capture.nxdi.adapter import NxdiCausalModel
+from ...capture.nxdi.application import CpuSettings, build_application, build_config
+from ...capture.nxdi.port import activate, load_class, parse_class
+from ...capture.nxdi.ranks import Parent
+from ...store.errors import SleuthError
+from .sampling import Sampling, answer
+
+
+def main(arguments: list[str]) -> int:
+    """Run one rank; returns the exit code."""
+    path, rank, events, parent_id = arguments
+    parent = Parent(int(events), int(parent_id))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    try:
+        _run(json.loads(Path(path).read_text(encoding="utf-8")), int(rank), parent)
+    except Exception as error:  # noqa: BLE001 (reported to the parent, which raises it)
+        traceback.print_exc()
+        expected = isinstance(error, SleuthError)
+        text = str(error) if expected else f"{type(error).__name__}: {error}"
+        parent.tell("error", message=text, expected=expected)
+        return 1
+    return 0
+
+
+def _run(job: dict[str, Any], rank: int, parent: Parent) -> None:
+    quiet_transformers()
+    torch.set_num_threads(max((os.cpu_count() or 1) // job["tp"], 1))
+    activate()
+    model_class = load_class(parse_class(job["port"]))
+    config_class = load_class(parse_class(job["config"])) if job["config"] else model_class.get_config_cls()
+    settings = CpuSettings(parse_dtype(job["dtype"]), job["tp"], job["batch"], job["length"], job["options"])
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    rendezvous = f"file://{job['rendezvous']}"
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=job["tp"])
+    started = time.perf_counter()
+    config = build_config(model_class, config_class, Path(job["model"]), settings)
+    application = build_application(model_class, config, Path(job["model"]), rank, job["tp"])
+    loading = time.perf_counter() - started
+    drive = NxdiCausalModel(
+        application,
+        batch=settings.batch,
+        length=settings.length,
+        pad_token=job["pad_token"],
+        one_by_one=settings.continuous_batching,
+    )
+    sampling = job["sampling"]
+    sampling["stop"], sampling["suppressed"] = frozenset(sampling["stop"]), frozenset(sampling["suppressed"])
+    answers = [answer(drive, prompt, Sampling(**sampling)).as_dict() for prompt in job["prompts"]]
+    saved = config.to_json_string() if rank == 0 else ""
+    parent.tell("result", answers=answers, load_seconds=loading, config=saved)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
