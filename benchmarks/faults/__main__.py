@@ -3,6 +3,7 @@
     cd benchmarks && python -m faults [--only GLOB ...] [--jobs N] [--outputs-only] [--keep FOLDER] [--json FILE]
 
 A target is named ARCHITECTURE/FAULT/SEVERITY, a correct port ARCHITECTURE/clean/VARIANT; `--only 'llama/*'` picks some.
+NxD Inference's own ports are ARCHITECTURE+nxdiRANKS; they run where its sources are (NXDI_SRC, NXD_SRC).
 One line per target, then the scores with 95 % intervals, ours and those of the published rules on the same traces.
 docs/fault-benchmark.md says what is planted and how it is scored.
 """
@@ -18,6 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import nxdi_targets
 from .bench import Settings
 from .running import run_all, targets
 from .scoring import CleanOutcome, Outcome, scores
@@ -37,6 +39,9 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=default, help="folder of trained checkpoints")
     arguments = parser.parse_args()
     chosen = targets(arguments.only)
+    if any(target.ranks for target in chosen) and (reason := nxdi_targets.why_not()):
+        print(f"ports of NxD Inference are left out: {reason}")
+        chosen = [target for target in chosen if not target.ranks]
     random.Random(arguments.sample).shuffle(chosen) if arguments.sample else None
     chosen = chosen[: arguments.sample]
     with tempfile.TemporaryDirectory(prefix="fault-benchmark-") as scratch:

@@ -29,7 +29,7 @@ from tensorsleuth.capture.selection import Selection
 from tensorsleuth.store import Trace
 
 from .architectures import PAD, STEPS, Checkpoint, checkpoint, prompts
-from .effect import Observation, effects, observe
+from .effect import Observation, Truth, effects, observe
 from .effect import truth as truth_of
 from .fault import Fault, Severity
 from .port import make_port
@@ -175,13 +175,14 @@ class Bench:
     def _baseline(self) -> Observation:
         return observe(self.checkpoint.model(torch.bfloat16), self.encoded, self.generation)
 
-    def truth(self, fault: Fault, severity: Severity) -> Any:
-        """Where a bug shows first and how large it is, measured in FP32."""
+    def truth(self, fault: Fault, severity: Severity, modules: frozenset[str] | None = None) -> Truth:
+        """Where a bug shows first and how large it is, measured in FP32; among these modules, if they are given."""
         model = self.port(torch.float32)
         fault.plant(model, severity)
         planted = observe(model, self.encoded, self.generation)
         found = effects(self._reference, self._baseline, planted)
-        return truth_of(fault, found, inputs=self.settings.inputs)
+        compared = [effect for effect in found if modules is None or effect.module in modules]
+        return truth_of(fault, compared, inputs=self.settings.inputs)
 
     def noise_of(self, model: Any) -> float:
         """The largest effect of an FP32 port that should compute the same as the reference."""
@@ -201,8 +202,7 @@ class Bench:
             generation: how prompts are batched, if differently.
             run: records the target in another way than prefill and decode in batches.
         """
-        folder = self.settings.scratch / "targets" / f"{self.name}-{name}"
-        trace = self._copy(folder)
+        trace = self.copy(self.folder(name))
         started = time.perf_counter()
         facts = {
             "checkpoint_fingerprint": checkpoint_fingerprint(ModelSource(self.checkpoint.folder)),
@@ -227,7 +227,12 @@ class Bench:
         )
         return analyse(trace, {"capture": time.perf_counter() - started})
 
-    def _copy(self, folder: Path) -> Trace:
+    def folder(self, name: str) -> Path:
+        """Where the trace of a target lies."""
+        return self.settings.scratch / "targets" / f"{self.name}-{name}"
+
+    def copy(self, folder: Path) -> Trace:
+        """A copy of the trace with reference and baseline."""
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.trace.path, folder, copy_function=_link_shards)
         return Trace.open(folder)

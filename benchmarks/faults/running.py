@@ -14,9 +14,10 @@ from itertools import repeat
 
 import torch
 
+from . import nxdi_targets
 from .architectures import ARCHITECTURES
 from .attention_faults import ATTENTION_FAULTS
-from .bench import Bench, Settings
+from .bench import Bench, Report, Settings
 from .block_faults import BLOCK_FAULTS
 from .clean_variants import VARIANTS
 from .fault import Fault, label
@@ -30,16 +31,22 @@ FAULTS: dict[str, Fault] = {fault.name: fault for fault in (*ATTENTION_FAULTS, *
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One planted bug or one correct port."""
+    """One planted bug or one correct port; `ranks` is 0 for ports of the benchmark, else of NxD Inference."""
 
     architecture: str
     fault: str
     severity: str
+    ranks: int = 0
+
+    @property
+    def port(self) -> str:
+        """The architecture, and whether it is a port of NxD Inference on so many ranks."""
+        return f"{self.architecture}+nxdi{self.ranks}" if self.ranks else self.architecture
 
     @property
     def name(self) -> str:
         """As `--only` matches it."""
-        return f"{self.architecture}/{self.fault}/{self.severity}"
+        return f"{self.port}/{self.fault}/{self.severity}"
 
 
 def targets(only: Sequence[str]) -> list[Target]:
@@ -53,10 +60,15 @@ def _targets_of(name: str) -> Iterator[Target]:
     for variant in VARIANTS:
         if variant.applies_to(architecture):
             yield Target(name, "clean", variant.name)
+    for ranks in nxdi_targets.RANKS.get(name, ()):
+        yield Target(name, "clean", f"nxdi-{ranks}", ranks)
     for fault in FAULTS.values():
         if fault.applies_to(architecture):
             for severity in fault.severities:
                 yield Target(name, fault.name, label(severity))
+                if nxdi_targets.can_be_planted(fault, severity, name):
+                    for ranks in nxdi_targets.RANKS[name]:
+                        yield Target(name, fault.name, label(severity), ranks)
 
 
 @cache
@@ -75,24 +87,36 @@ def prepare(name: str, settings: Settings) -> str:
 def run(target: Target, settings: Settings, keep: bool) -> Outcome | CleanOutcome:
     """Record and judge one target; its trace is deleted unless it is to be kept."""
     bench = _bench(target.architecture, settings)
-    name = f"{target.fault}-{target.severity}".replace("/", "-").replace(" ", "-")
+    name = f"{target.fault}-{target.severity}{f'-nxdi{target.ranks}' if target.ranks else ''}"
+    name = name.replace("/", "-").replace(" ", "-")
     if target.fault == "clean":
-        variant = next(v for v in VARIANTS if v.name == target.severity)
-        report = variant.examine(bench, name)
-        outcome: Outcome | CleanOutcome = judge_clean(target.architecture, variant.name, report)
+        if target.ranks:
+            report = nxdi_targets.examine(bench, None, None, target.ranks, name)
+        else:
+            report = next(v for v in VARIANTS if v.name == target.severity).examine(bench, name)
+        outcome: Outcome | CleanOutcome = judge_clean(target.port, target.severity, report)
         good = outcome.verdict == "pass"
     else:
-        fault = FAULTS[target.fault]
-        severity = next(s for s in fault.severities if label(s) == target.severity)
-        expected = bench.truth(fault, severity)
-        model = bench.port(torch.bfloat16)
-        fault.plant(model, severity)
-        report = bench.examine(model, name)
-        outcome = judge(target.architecture, fault, severity, expected, report)
+        outcome, report = _planted(bench, target, name)
         good = is_right(outcome)
     if good or not keep:
         shutil.rmtree(report.folder, ignore_errors=True)
     return outcome
+
+
+def _planted(bench: Bench, target: Target, name: str) -> tuple[Outcome, Report]:
+    fault = FAULTS[target.fault]
+    severity = next(s for s in fault.severities if label(s) == target.severity)
+    if target.ranks:
+        report = nxdi_targets.examine(bench, fault, severity, target.ranks, name)
+        # The library's ports lack some modules, so the bug shows later; sites that are not compared do not count.
+        expected = bench.truth(fault, severity, frozenset(row[0] for row in report.measured))
+    else:
+        expected = bench.truth(fault, severity)
+        model = bench.port(torch.bfloat16)
+        fault.plant(model, severity)
+        report = bench.examine(model, name)
+    return judge(target.port, fault, severity, expected, report), report
 
 
 def is_right(outcome: Outcome) -> bool:
@@ -106,12 +130,14 @@ def line(outcome: Outcome | CleanOutcome) -> str:
     """One line about a target."""
     if isinstance(outcome, CleanOutcome):
         said = f"largest R {outcome.largest_r:.3g} at {outcome.largest_module}, {outcome.n_failing} fail"
-        return f"{outcome.architecture:8} {'clean':24} {outcome.variant:17} {outcome.verdict:10} {said} {outcome.named}"
+        return (
+            f"{outcome.architecture:13} {'clean':24} {outcome.variant:17} {outcome.verdict:10} {said} {outcome.named}"
+        )
     effect = f"{'' if outcome.visible else 'below '}{outcome.size:.3g}"
     rank = f"origin {outcome.origin_rank or 'missed'}"
     cause = f"{outcome.named or '-'} {outcome.confidence:.2f} {'ok' if outcome.cause_right else 'NOT ' + outcome.cause}"
     return (
-        f"{outcome.architecture:8} {outcome.fault:24} {outcome.severity:12} effect {effect:14} {outcome.verdict:10} "
+        f"{outcome.architecture:13} {outcome.fault:24} {outcome.severity:12} effect {effect:14} {outcome.verdict:10} "
         f"{rank:14} {outcome.first:52} {cause} {outcome.errors or ''}"
     )
 
