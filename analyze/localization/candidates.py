@@ -17,8 +17,8 @@ from .site_errors import SiteError
 GAIN = 10.0
 #: Below this R an error is of the order of the baseline's own: another order of summation may do that.
 WEAK = 1.5
-#: A weak error explains less: one grown by more than this must not exceed the source's R by more than half of it.
-WEAK_GAIN = 3.0
+#: A weak error explains less: where it seems to have grown by more than this, R must not have grown beyond the latter.
+WEAK_GAIN, WEAK_GROWTH = 3.0, 1.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def _explains(source: SiteError, handed: float, site: SiteError) -> bool:
     growth = _quotient(site.excess, handed)
     if growth <= WEAK_GAIN or growth > GAIN or not _is_weak(source):
         return growth <= GAIN
-    return (site.equivalent_r or math.inf) <= (source.equivalent_r or 0.0) * WEAK
+    return (site.equivalent_r or math.inf) <= (source.equivalent_r or 0.0) * WEAK_GROWTH
 
 
 def _is_weak(site: SiteError) -> bool:
