@@ -42,12 +42,13 @@ class Tensor:
     start: int | None = 0
     phase: str = "prefill"
     step: int = 0
-    prompt: int = 0
+    prompt: int | None = 0
     order: int = 0
     slot: str = ""
     dims: str = "b s h"
     rank: int = 0
     count: int | None = None
+    port: str = "output"
 
 
 def add_run(
@@ -99,6 +100,6 @@ def add_run(
 def _key(tensor: Tensor) -> TensorKey:
     count = None if tensor.start is None else tensor.count or tensor.array.shape[1]
     return TensorKey(
-        tensor.prompt, tensor.phase, tensor.step, 0, tensor.order, tensor.module, "output", tensor.slot,
+        tensor.prompt, tensor.phase, tensor.step, 0, tensor.order, tensor.module, tensor.port, tensor.slot,
         tensor.dims if tensor.start is not None else "", tensor.start, count,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from scipy.optimize import minimize_scalar
 
 from ..sites import Site, SiteInfo
 from . import attention_law as law
-from .inputs import InputVariant
+from .inputs import InputVariant, reordered
 from .runs import FloatArray
 from .scene import Scene, View
 
@@ -54,6 +54,7 @@ class Attended:
         decode = view.scene.phase == "decode"
         for cause, changes, summary, remedy, facts in mistakes(self.settings, view.scene, decode=decode):
             yield InputVariant(cause, _all(replace(self.settings, **changes), sequences), summary, remedy, facts)
+        yield from reordered(_all(self.settings, sequences), self.settings.shape.head_dim)
 
 
 def fitted_scale(

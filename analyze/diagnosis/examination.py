@@ -50,7 +50,7 @@ def diagnose(trace: Trace, comparison: str, *, progress: Progress = no_progress)
     findings: list[Finding] = []
     for number, origin in enumerate(suspects):
         progress(origin.site, number, len(suspects))
-        finding = _examine(runs, origin, len(findings) + 1)
+        finding = examine(runs, origin, len(findings) + 1)
         if finding is not None:
             findings.append(finding)
         trace.release_pages()
@@ -59,7 +59,7 @@ def diagnose(trace: Trace, comparison: str, *, progress: Progress = no_progress)
     return findings
 
 
-def _examine(runs: ComparedRuns, origin: Origin, rank: int) -> Finding | None:
+def examine(runs: ComparedRuns, origin: Origin, rank: int) -> Finding | None:
     """The finding for one suspect."""
     try:
         scene = open_scene(runs, origin)

@@ -69,20 +69,26 @@ class SiteSum:
     def variants(self, view: View) -> Iterator[InputVariant]:
         """Features in another order, as heads and halves are confused."""
         x = self.rows(view)
-        head = view.scene.runs.config.head_dim
-        if x is None or not head or x.shape[1] % head or x.shape[1] == head:
-            return
-        heads = x.reshape(len(x), -1, head)
-        for what, moved in (
-            ("heads and head dimension are transposed", heads.swapaxes(1, 2)),
-            ("the halves are exchanged", np.roll(x, x.shape[1] // 2, axis=1)),
-        ):
-            yield InputVariant(
-                "input_order",
-                moved.reshape(x.shape),
-                f"the input's features come in another order: {what}",
-                "transpose heads and positions back before flattening, and check the columns of this weight",
-            )
+        if x is not None:
+            yield from reordered(x, view.scene.runs.config.head_dim)
+
+
+def reordered(x: FloatArray, head: int | None) -> Iterator[InputVariant]:
+    """An input whose heads come in another order."""
+    if not head or x.shape[1] % head or x.shape[1] == head:
+        return
+    heads = x.reshape(len(x), -1, head)
+    for what, moved in (
+        ("heads and head dimension are transposed", heads.swapaxes(1, 2)),
+        ("the halves are exchanged", np.roll(x, x.shape[1] // 2, axis=1)),
+        ("the order of heads is reversed", heads[:, ::-1]),
+    ):
+        yield InputVariant(
+            "input_order",
+            moved.reshape(x.shape),
+            f"the input's features come in another order: {what}",
+            "transpose heads and positions back before flattening, and check the columns of this weight",
+        )
 
 
 AnySource = TypeVar("AnySource", bound=Source)

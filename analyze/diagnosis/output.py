@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from scipy.optimize import minimize_scalar
 
 from .hypothesis import INHERITED, Prediction
 from .inputs import best_view, find_source, sources
@@ -12,6 +13,8 @@ from .runs import FloatArray
 from .scene import Scene
 
 _CAPS = (30.0, 50.0, 20.0, 15.0)
+#: How many times as much a usual cap must leave for another to be preferred.
+_CLEARLY = 1.1
 _PARTS = (2, 4, 8, 16, 32, 64)
 
 
@@ -36,14 +39,28 @@ def softcap(scene: Scene) -> Iterator[Prediction]:
                 "output_softcap", _capped(_capped(x, told), told), "the softcap on the logits is applied twice", remedy
             )
             return
-    for cap in dict.fromkeys((*((told,) if told else ()), *_CAPS)):
-        yield Prediction(
-            "output_softcap",
-            _capped(scene.reference, cap),
-            f"a softcap of {cap:g} is applied to the logits",
-            remedy,
-            parameters={"softcap": cap},
-        )
+    cap = _fitted_cap(scene)
+    yield Prediction(
+        "output_softcap",
+        _capped(scene.reference, cap),
+        f"a softcap of {cap:.4g} is applied to the logits",
+        remedy,
+        fitted=1,
+        parameters={"softcap": cap},
+    )
+
+
+def _fitted_cap(scene: Scene) -> float:
+    """The cap that explains the target best: a usual one, or any other where it fits clearly better."""
+
+    def misfit(log_cap: float) -> float:
+        return float(np.linalg.norm(_capped(scene.reference, float(np.exp(log_cap))) - scene.target))
+
+    largest = float(np.abs(scene.target).max())
+    bounds = (np.log(max(largest, 1e-3)), np.log(max(1e3, 2 * largest)))
+    fitted = float(minimize_scalar(misfit, bounds=bounds, method="bounded", options={"xatol": 1e-4}).x)
+    usual = min(_CAPS, key=lambda cap: misfit(np.log(cap)))
+    return usual if misfit(np.log(usual)) <= _CLEARLY * misfit(fitted) else float(np.exp(fitted))
 
 
 def embedding_shards(scene: Scene) -> Iterator[Prediction]:

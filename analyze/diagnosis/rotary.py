@@ -22,6 +22,8 @@ from .scene import Scene
 
 _BASES = (1e4, 5e5, 1e6, 1e5, 1.5e5, 1.6e5, 2.5e5, 5e6, 8e6, 1e7, 1e3)
 _FACTORS = (2.0, 4.0, 8.0, 16.0, 32.0, 40.0, 64.0)
+#: A fitted base is preferred to a usual one when the usual one leaves this many times as much.
+_CLEARLY = 1.5
 _HALF, _PAIRS, _ONCE = "half", "pairs", "once"
 
 
@@ -243,8 +245,9 @@ def _bases(scene: Scene, law: Rotary, sine: bool) -> Iterator[_Variant]:
     usual = min(_BASES, key=lambda base: misfit(math.log(base)))
     near = math.log(usual)
     fitted = minimize_scalar(misfit, bounds=(near - 1.2, near + 1.2), method="bounded", options={"xatol": 1e-6})
-    for base, numbers in ((usual, 0), (math.exp(float(fitted.x)), 1)):
-        if abs(math.log(base / law.base)) < 1e-3 or (numbers and abs(math.log(base / usual)) < 1e-3):
+    odd = misfit(float(fitted.x)) < misfit(near) / _CLEARLY
+    for base, numbers in ((math.exp(float(fitted.x)), 1),) if odd else ((usual, 0),):
+        if abs(math.log(base / law.base)) < 1e-3:
             continue
         yield (
             replace(law, base=base),
