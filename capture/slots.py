@@ -34,11 +34,12 @@ def with_tensors(value: Any, tensors: Mapping[str, torch.Tensor], prefix: str = 
     """The same nested value with other tensors in some slots, named as `tensor_slots` names them."""
     if isinstance(value, torch.Tensor):
         return tensors.get(prefix, value)
+    kind: Any = type(value)
     if not any(slot == prefix or slot.startswith(f"{prefix}.") or not prefix for slot in tensors):
         return value
     if isinstance(value, Mapping):
         items = {key: with_tensors(item, tensors, _join(prefix, str(key))) for key, item in value.items()}
-        return type(value)(**items) if dataclasses.is_dataclass(value) else type(value)(items)
+        return kind(**items) if dataclasses.is_dataclass(value) else kind(items)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value)]
         changed = {name: with_tensors(getattr(value, name), tensors, _join(prefix, name)) for name in names}
@@ -46,7 +47,7 @@ def with_tensors(value: Any, tensors: Mapping[str, torch.Tensor], prefix: str = 
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         names = getattr(value, "_fields", None) or [str(index) for index in range(len(value))]
         parts = [with_tensors(item, tensors, _join(prefix, name)) for item, name in zip(value, names, strict=True)]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        return kind(*parts) if hasattr(value, "_fields") else kind(parts)
     return value
 
 
