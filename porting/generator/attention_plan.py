@@ -136,17 +136,17 @@ def _rotary_lines(attention: Attention, stem: str) -> tuple[list[str], str]:
     """Lines before the call of the base class, and the expression of the rotary embedding."""
     if len(attention.rotary) == 1:
         rotary = attention.rotary[0].rotary
-        return [], "" if rotary is None else _rotary_constructor(rotary, stem)
+        return [], "" if rotary is None else rotary_constructor(rotary, stem)
     lines = []
     for index, case in enumerate(attention.rotary):
         word = "if" if index == 0 else "else" if not case.condition else "elif"
         lines.append(f"{word} {case.condition}:" if case.condition else "else:")
-        made = "None" if case.rotary is None else _rotary_constructor(case.rotary, stem)
+        made = "None" if case.rotary is None else rotary_constructor(case.rotary, stem)
         lines.append(f"    rotary_emb = {made}")
     return lines, "rotary_emb"
 
 
-def _rotary_constructor(rotary: Rotary, stem: str) -> str:
+def rotary_constructor(rotary: Rotary, stem: str) -> str:
     dim, base = rotary.dim.expression, rotary.theta.expression
     limit = "config.max_position_embeddings"
     scaling = rotary.scaling

@@ -103,7 +103,7 @@ def _layer_lines(spec: Architecture) -> tuple[list[str], list[str]]:
         names = [*attention.projections, "o_proj"]
         lines.append(f"for name in ({', '.join(repr(n) for n in names)}):".replace("'", '"'))
         lines.append('    state_dict[f"{attention}.{name}.weight"] = state_dict[f"{attention}.{name}.weight"].t()')
-    if attention.layout != "separate":
+    if attention.layout in ("plain", "grouped"):
         lines.append("split_qkv(state_dict, attention, config)")
         functions.append(_split_qkv_source(attention))
     elif len(set(attention.qkv_bias)) > 1:
@@ -117,7 +117,7 @@ def _layer_lines(spec: Architecture) -> tuple[list[str], list[str]]:
         lines.append('for name in ("q_layernorm", "k_layernorm"):')
         lines.append(f'    join_heads(state_dict, f"{{attention}}.{{name}}", "{norms.list_name}")')
         functions.append(_JOIN_HEADS)
-    if is_grouped(attention):
+    if is_grouped(attention) and attention.latent is None:
         kv_heads = attention.kv_heads.expression
         lines.append(f"repeats = config.sharded_kv_heads // {kv_heads}")
         lines.append("if repeats > 1:")

@@ -46,7 +46,7 @@ def generate(spec: Architecture, sdk: str | None = None) -> Port:
 
     Args:
         spec: the architecture.
-        sdk: release of the Neuron SDK it is for, None for the newest.
+        sdk: release of the Neuron SDK it is for; None for a port that all of them run.
 
     Raises:
         InputError: the architecture needs a block that does not exist.

@@ -28,6 +28,8 @@ def _is_kernel_norm(norm: Norm) -> bool:
 def _all_norms(spec: Architecture) -> Iterator[Norm]:
     yield from (named.norm for named in spec.layer.norms)
     yield spec.head.norm
+    if spec.attention.latent is not None:
+        yield spec.attention.latent.norm
     if spec.attention.query_key_norm is not None:
         yield spec.attention.query_key_norm.norm
 

@@ -12,10 +12,11 @@ from typing import Any
 from ...store.errors import InputError
 from ..spec.architecture import Architecture
 from ..spec.document import numbers_in
-from .attention_plan import TAKES_SCALE, attention_plan, heads_norm_plan, rotary_plan
+from .attention_plan import attention_plan, heads_norm_plan, rotary_plan
 from .conversion import conversion_of
 from .ends_plan import embedding_plan, head_plan
 from .feed_forward_plan import feed_forward_plan
+from .latent_plan import latent_plan
 from .layer_plan import layer_plan
 from .norm_plan import norm_plan
 
@@ -29,7 +30,7 @@ def plan(spec: Architecture, sdk: str | None) -> dict[str, Any]:
 
     Args:
         spec: the architecture.
-        sdk: release of the Neuron SDK, None for the newest.
+        sdk: release of the Neuron SDK; None for a port that all of them run.
 
     Raises:
         InputError: the release is unknown, or the architecture needs a block that does not exist.
@@ -37,7 +38,8 @@ def plan(spec: Architecture, sdk: str | None) -> dict[str, Any]:
     if sdk is not None and sdk not in RELEASES:
         raise InputError(f"SDK {sdk!r} is unknown; choose one of {', '.join(RELEASES)}")
     stem = stem_of(spec)
-    attention = attention_plan(spec, stem, sdk or TAKES_SCALE)
+    latent = spec.attention.latent
+    attention = (attention_plan if latent is None else latent_plan)(spec, stem, sdk or next(iter(RELEASES)))
     feed_forward = feed_forward_plan(spec, stem)
     derived = list(_derived(spec, attention, feed_forward))
     return {
@@ -45,6 +47,7 @@ def plan(spec: Architecture, sdk: str | None) -> dict[str, Any]:
         "stem": stem,
         "facts_file": "architecture.json",
         "release": f" {RELEASES[sdk]} (SDK {sdk})" if sdk else "",
+        "latent": latent,
         "norm": norm_plan(spec),
         "heads_norm": heads_norm_plan(spec),
         "blocks": rotary_plan(spec, attention),

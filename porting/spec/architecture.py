@@ -119,6 +119,43 @@ class MaskCase(Fact):
 
 
 @dataclass(frozen=True)
+class Latent(Fact):
+    """Keys and values through a low-rank latent (multi-head latent attention).
+
+    Queries and keys have a part without positions and a rotated part; the rotated part of keys is one for all heads.
+
+    Attributes:
+        query_down: projection of queries to their latent; empty where `query_up` takes the hidden states.
+        query_norm: norm module of the queries' latent; empty without.
+        query_up: projection to the heads' queries, each the plain part, then the rotated part.
+        down: projection to the latent, then the rotated part of keys.
+        norm_module: norm module of the latent.
+        norm: the norms.
+        up: projection of the latent to every head's plain part of keys, then values.
+        rank: width of the latent.
+        query_rank: width of the queries' latent, None without.
+        plain: features of a head's part without positions.
+        rotated: features of the rotated part.
+        value: features of a head's values.
+        down_bias: whether the projections to latents have a bias.
+    """
+
+    query_down: str
+    query_norm: str
+    query_up: str
+    down: str
+    norm_module: str
+    norm: Norm
+    up: str
+    rank: Number
+    query_rank: Number | None
+    plain: Number
+    rotated: Number
+    value: Number
+    down_bias: bool
+
+
+@dataclass(frozen=True)
 class Attention(Fact):
     """Self-attention.
 
@@ -129,7 +166,7 @@ class Attention(Fact):
         kv_heads: key and value heads.
         head_dim: features of a head.
         layout: `separate` projections, or one with rows `plain` (queries, keys, values) or `grouped` (for every KV head
-            its queries, its key, its value).
+            its queries, its key, its value), or `latent`.
         projections: modules of queries, keys and values, or of the one projection.
         output: module of the output projection.
         qkv_bias: whether queries, keys and values have a bias.
@@ -142,6 +179,7 @@ class Attention(Fact):
         softcap: scores are softcap * tanh(score / softcap); None without.
         clip: queries, keys and values are clamped to +-clip; None without.
         sinks: parameter with one score per head that takes part in the softmax only; empty without.
+        latent: what `latent` projections are; None for other layouts.
     """
 
     module: str
@@ -162,6 +200,7 @@ class Attention(Fact):
     softcap: Number | None = None
     clip: Number | None = None
     sinks: str = ""
+    latent: Latent | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from ...store.errors import InputError
 from .architecture import Attention, MaskCase, Number, QueryKeyNorm, Rotary, RotaryCase
 from .expressions import Expressions
+from .latent import LatentAnalysis
 from .observation import Call, Observation, Softmax, source_line
 from .query_key import QueryKeyNorms
 from .rotary import Rotation, find_rotation, identify
@@ -17,12 +18,21 @@ from .wiring import same
 
 _HEADS = ("config.num_attention_heads",)
 _KV_HEADS = ("config.num_key_value_heads", "config.num_kv_heads", "1", "config.num_attention_heads")
-_HEAD_DIM = ("config.head_dim", "config.hidden_size // config.num_attention_heads")
+_HEAD_DIM = (
+    "config.head_dim",
+    "config.hidden_size // config.num_attention_heads",
+    "config.qk_nope_head_dim + config.qk_rope_head_dim",
+)
+_LATENT_SCALE = "(config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5"
+#: YaRN's temperature, squared: once for queries, once for keys.
+_TEMPERATURE = '(0.1 * config.rope_scaling["mscale_all_dim"] * math.log(config.rope_scaling["factor"]) + 1) ** 2'
 _SCALES = (
     "config.query_pre_attn_scalar ** -0.5",
     "config.attention_multiplier",
     "config.head_dim ** -0.5",
     "(config.hidden_size // config.num_attention_heads) ** -0.5",
+    _LATENT_SCALE,
+    f"{_LATENT_SCALE} * {_TEMPERATURE}",
 )
 _SOFTCAPS = ("config.attn_logit_softcapping",)
 _WINDOWS = ("config.sliding_window",)
@@ -72,13 +82,18 @@ class AttentionAnalysis:
         kv_heads = self._kv_heads(softmax)
         values = softmax.values
         assert values is not None
-        layout, names, (query, key, value) = self._projections(heads, kv_heads, head_dim, values)
-        clip = self._clip(value, values)
-        if clip is not None:
-            query, key = (x.clamp(-self._clip_value, self._clip_value) for x in (query, key))
-        keys = softmax.right.transpose(-1, -2)
-        keys = keys[:, :: keys.shape[1] // kv_heads]
-        norm, rotary, factor = self._query_key(query, key, softmax.left, keys)
+        latent = LatentAnalysis(self._seen, self._path, softmax, self._numbers, self._sources).run()
+        norm, clip, factor = None, None, 1.0
+        if latent is not None:
+            layout, names, rotary = "latent", latent.modules, self._identified(latent.rotation)
+        else:
+            layout, names, (query, key, value) = self._projections(heads, kv_heads, head_dim, values)
+            clip = self._clip(value, values)
+            if clip is not None:
+                query, key = (x.clamp(-self._clip_value, self._clip_value) for x in (query, key))
+            keys = softmax.right.transpose(-1, -2)
+            keys = keys[:, :: keys.shape[1] // kv_heads]
+            norm, rotary, factor = self._query_key(query, key, softmax.left, keys)
         scale, softcap = self._scores(softmax, factor)
         mask = self._mask(softmax)
         output = self._output(softmax)
@@ -92,7 +107,9 @@ class AttentionAnalysis:
             layout=layout,
             projections=names,
             output=output,
-            qkv_bias=tuple(self._has_bias(name) for name in (names if len(names) == 3 else names * 3)),
+            qkv_bias=(False,) * 3
+            if latent
+            else tuple(self._has_bias(n) for n in (names if len(names) == 3 else names * 3)),
             output_bias=self._has_bias(output),
             transposed=type(self._module.get_submodule(output)).__name__ == "Conv1D",
             scale=scale,
@@ -101,6 +118,7 @@ class AttentionAnalysis:
             query_key_norm=norm,
             softcap=softcap,
             clip=clip,
+            latent=latent.latent if latent else None,
             sinks=self._sinks(softmax, self._numbers.value(scale.expression, self._numbers.small) / factor),
         )
         return LayerAttention(attention, self._claims(attention))

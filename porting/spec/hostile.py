@@ -30,14 +30,14 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "sliding_window": 7,
     "attention_chunk_size": 8,
-    "num_experts": 6,
-    "num_local_experts": 6,
-    "n_routed_experts": 6,
-    "num_experts_per_tok": 2,
+    "num_experts": 12,
+    "num_local_experts": 12,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 3,
     "moe_intermediate_size": 80,
     "shared_expert_intermediate_size": 72,
     "n_shared_experts": 2,
-    "n_group": 3,
+    "n_group": 4,
     "topk_group": 2,
     "first_k_dense_replace": 1,
     "q_lora_rank": 40,
@@ -88,8 +88,13 @@ def small_config(config: Any, *, free_head_dim: bool = True) -> Any:
     for key in (*_SWITCHES, "bos_token_id"):
         if not getattr(config, key, None):
             wanted.pop(key, None)
+    if getattr(config, "num_experts_per_tok", None) == 2:  # routers that take two take no other number
+        wanted["num_experts_per_tok"] = 2
     if getattr(config, "n_group", None) == 1:  # one group is none
         wanted.update(n_group=1, topk_group=1)
+    if "qk_rope_head_dim" in wanted:  # configurations of latent attention call the rotated part the head
+        wanted["head_dim"] = wanted["qk_rope_head_dim"]
+        wanted["qk_head_dim"] = wanted["qk_rope_head_dim"] + wanted["qk_nope_head_dim"]
     for key in _KV_HEADS:
         if key in known:
             wanted[key] = _kv_heads(config, key)

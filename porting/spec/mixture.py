@@ -26,6 +26,17 @@ _N_EXPERTS = ("config.num_local_experts", "config.num_experts", "config.n_routed
 _FIELD = "feed_forward.experts"
 
 
+#: Enough that ways to route which differ at all differ on some token.
+_TOKENS = 256
+
+
+def _called(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What a block makes of tokens: (token, feature) of (token, feature)."""
+    output = module(x[None])
+    first: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return first.reshape(x.shape)
+
+
 def is_mixture(module: torch.nn.Module) -> bool:
     """Whether a block holds experts: a list of equal blocks, or tensors with one matrix per expert."""
     return _list_of(module) is not None or any(p.ndim == 3 for p in module.parameters())
@@ -86,9 +97,9 @@ class MixtureAnalysis:
         Raises:
             InputError: no combination gives its output, or several do.
         """
-        call = self._seen.call(self._path)
-        hidden = call.input.shape[-1]
-        x, output = call.input.reshape(-1, hidden), call.output.reshape(-1, hidden)
+        hidden = self._seen.call(self._path).input.shape[-1]
+        x = torch.randn(_TOKENS, hidden, generator=torch.Generator().manual_seed(0))
+        output = _called(self._module, x)
         weights = list(self._readings(hidden))
         if not weights:
             raise InputError(f"unsupported: experts of {self._where} are stored in no known way")
@@ -194,7 +205,7 @@ class MixtureAnalysis:
                 continue
             path = f"{self._path}.{name}"
             block = analyse_feed_forward(self._seen, path, calls, self._numbers, self._sources)
-            given = self._seen.call(path).output.reshape(output.shape)
+            given = _called(self._module.get_submodule(name), x)
             gate = self._gate_beside(name)
             if gate:
                 given = torch.sigmoid(self._module.get_submodule(gate)(x)) * given

@@ -100,10 +100,15 @@ class NeuronGemma2Attention(NeuronAttentionBase):
                 config.head_dim, max_position_embeddings=config.max_position_embeddings, base=config.rope_theta
             ),
             num_cores_per_group=config.num_cores_per_group,
-            softmax_scale=config.query_pre_attn_scalar**0.5,
         )
         self.local_size = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
         self.softcap = config.attn_logit_softcapping
+        self.query_factor = config.query_pre_attn_scalar**-0.5 * self.head_dim**0.5
+
+    def prep_qkv_tensors(self, *args, **kwargs):
+        """Queries carry the factor on scores: this release divides scores by the root of the head's size."""
+        Q, *others = super().prep_qkv_tensors(*args, **kwargs)
+        return (Q * self.query_factor, *others)
 
     def forward(self, hidden_states, attention_mask=None, position_ids=None, past_key_value=None, **kwargs):
         """Attend within the layer's own mask; the cache holds all positions."""
@@ -125,7 +130,7 @@ class NeuronGemma2Attention(NeuronAttentionBase):
         return FlashAttentionStrategy.NONE
 
     def scaled_qk(self, Q, K, attention_mask):
-        scores = torch.matmul(Q, K.transpose(2, 3)) / self.softmax_scale
+        scores = torch.matmul(Q, K.transpose(2, 3)) / self.head_dim**0.5
         scores = self.softcap * torch.tanh(scores / self.softcap)
         if attention_mask is not None:
             scores = torch.where(attention_mask.to(torch.bool), scores, torch.finfo(scores.dtype).min)
