@@ -77,7 +77,7 @@ def fitted_scale(
         settings = replace(source.settings, scale=source.settings.scale * math.exp(log_ratio))
         return float(np.linalg.norm(project(_all(settings, few)) - target))
 
-    found = minimize_scalar(misfit, bounds=(-1.0, 1.0), method="bounded", options={"xatol": 1e-3})
+    found = minimize_scalar(misfit, bounds=(-2.5, 2.5), method="bounded", options={"xatol": 1e-3})
     scale = source.settings.scale * math.exp(float(found.x))
     if abs(float(found.x)) > _SAME_SCALE:
         yield project(_all(replace(source.settings, scale=scale), sequences)), scale

@@ -32,6 +32,8 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
+#: How much more (squared) a fitted prediction has to explain than one without fitted numbers.
+_FITTED = 1.5
 _ALSO_COMPARED = """
 SELECT target_site FROM measurements
 WHERE comparison = ? AND site = ? AND phase = ? AND target_site <> ? AND prompt IS NULL AND verdict = 'pass'
@@ -116,9 +118,14 @@ def scores(scene: Scene) -> list[Scored]:
     for prediction in predictions(scene):
         scored = score(scene, prediction)
         known = best.get(prediction.cause)
-        if scored is not None and (known is None or scored.residual < known.residual):
+        if scored is not None and (known is None or _weight(scored) < _weight(known)):
             best[prediction.cause] = scored
     return list(best.values())
+
+
+def _weight(scored: Scored) -> float:
+    """What a prediction leaves; a fitted number has to do clearly better than a round one."""
+    return scored.residual * (_FITTED if scored.prediction.fitted else 1.0)
 
 
 def _evidence(decision: Decision) -> dict[str, Any]:

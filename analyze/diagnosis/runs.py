@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -82,6 +82,7 @@ class ComparedRuns:
         self.target: str = row["target"]
         self.target_dtype = trace.manifest(self.target).dtype
         self.target_ranks = trace.manifest(self.target).tp
+        self._stored: dict[tuple[str, Site], list[Stored]] = {}
         self.prompts = match_prompts(trace, self.reference, self.baseline, self.target)
 
     @cached_property
@@ -148,6 +149,22 @@ class ComparedRuns:
     def _tokens(self) -> dict[int, tuple[int, ...]]:
         return {tokens.prompt: tokens.token_ids for tokens in self.trace.manifest(self.reference).tokens}
 
+    def prepare(self, site: Site, around: Iterable[Site]) -> None:
+        """Look up in one query where a suspect and the sites around it are stored; forgets earlier ones."""
+        wanted = [(self.reference, other) for other in (site, *around)]
+        for other in (site, *around):
+            wanted += [(self.target, item.site) for item in self.counterparts.get(other.name, ())]
+        self._stored = {}
+        self._index([*wanted, *([(self.baseline, site)] if self.baseline else [])])
+
+    def _index(self, wanted: list[tuple[str, Site]]) -> dict[tuple[str, Site], list[Stored]]:
+        """Where the tensors of some sites are stored, asking the catalog for those that are not known yet."""
+        missing = [key for key in wanted if key not in self._stored]
+        if missing:
+            found = load_sites(self.trace, dict.fromkeys(missing))
+            self._stored |= {key: found.get(key, []) for key in missing}
+        return {key: self._stored[key] for key in wanted}
+
     def read(
         self, site: Site, counterpart: Counterpart | None, prompts: list[PromptPair], elements: int, phase: str = ""
     ) -> Rows | None:
@@ -167,7 +184,7 @@ class ComparedRuns:
         if counterpart is not None:
             wanted += [(self.target, counterpart.site)]
             wanted += [(self.baseline, site)] if self.baseline else []
-        stored = load_sites(self.trace, wanted)
+        stored = self._index(wanted)
         reference = stored.get((self.reference, site), [])
         if counterpart is None:
             alone = [PromptPair(pair.prompt, None, pair.prompt, pair.n_common, pair.n_tokens) for pair in prompts]

@@ -10,7 +10,9 @@ from ..sites import Site, SiteInfo
 from .runs import ComparedRuns, Counterpart, FloatArray, IntArray, Rows
 
 #: Elements of a suspect that are read from each run, and of a whole sequence around it.
-_ELEMENTS, _SEQUENCE_ELEMENTS = 1 << 21, 1 << 23
+_ELEMENTS, _SEQUENCE_ELEMENTS = 1 << 20, 1 << 23
+#: Sites before a suspect whose tensors are looked up together with its own.
+_NEIGHBOURS = 24
 #: Unit roundoff of the dtypes a target may run in, for sites that the baseline computes without rounding.
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 REFERENCE, TARGET = "reference", "target"
@@ -27,6 +29,7 @@ class Scene:
         """
         self.runs, self.info, self.counterpart, self.phase = runs, info, counterpart, phase
         features = max(info.features or 1, 1)
+        runs.prepare(info.site, _neighbours(runs, info))
         self.prompts = runs.prompts
         rows = runs.read(info.site, counterpart, runs.prompts, max(_ELEMENTS, features), phase)
         if rows is None or rows.target is None:
@@ -141,6 +144,14 @@ class View:
     def parameter(self, module: str, name: str) -> FloatArray | None:
         """A small parameter of the reference; the target's are part of what is in question."""
         return self.scene.runs.parameters.get((module, name))
+
+
+def _neighbours(runs: ComparedRuns, info: SiteInfo) -> list[Site]:
+    """Sites that hypotheses are likely to ask for: the last ones before the suspect, and rotary embeddings."""
+    before = [other for other in runs.sites.values() if other.exec_order <= info.exec_order and other.positioned]
+    near = sorted(before, key=lambda other: -other.exec_order)[:_NEIGHBOURS]
+    rotary = [other for other in before if "rotary" in other.site.module.lower()]
+    return [other.site for other in dict.fromkeys((*near, *rotary)) if other.site != info.site]
 
 
 def _find(found: Rows, wanted: Rows) -> IntArray | None:
