@@ -39,32 +39,46 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(job: dict[str, Any], rank: int, parent: Parent) -> None:
+    parent.tell("result", **run_job(job, rank))
+
+
+def run_job(job: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Build one rank of a port and answer the prompts of a job.
+
+    Args:
+        job: what `session.answer_on_cpu` writes.
+        rank: this rank.
+
+    Returns:
+        `answers`, `load_seconds`, and the inference configuration as JSON text in `config`.
+    """
     quiet_transformers()
     torch.set_num_threads(max((os.cpu_count() or 1) // job["tp"], 1))
     activate()
     model_class = load_class(parse_class(job["port"]))
     config_class = load_class(parse_class(job["config"])) if job["config"] else model_class.get_config_cls()
     settings = CpuSettings(parse_dtype(job["dtype"]), job["tp"], job["batch"], job["length"], job["options"])
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     rendezvous = f"file://{job['rendezvous']}"
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=job["tp"])
-    started = time.perf_counter()
-    config = build_config(model_class, config_class, Path(job["model"]), settings)
-    application = build_application(model_class, config, Path(job["model"]), rank, job["tp"])
-    loading = time.perf_counter() - started
-    drive = NxdiCausalModel(
-        application,
-        batch=settings.batch,
-        length=settings.length,
-        pad_token=job["pad_token"],
-        one_by_one=settings.continuous_batching,
-    )
-    sampling = job["sampling"]
-    sampling["stop"], sampling["suppressed"] = frozenset(sampling["stop"]), frozenset(sampling["suppressed"])
-    answers = [answer(drive, prompt, Sampling(**sampling)).as_dict() for prompt in job["prompts"]]
-    saved = config.to_json_string() if rank == 0 else ""
-    parent.tell("result", answers=answers, load_seconds=loading, config=saved)
-    torch.distributed.destroy_process_group()
+    try:
+        started = time.perf_counter()
+        config = build_config(model_class, config_class, Path(job["model"]), settings)
+        application = build_application(model_class, config, Path(job["model"]), rank, job["tp"])
+        loading = time.perf_counter() - started
+        drive = NxdiCausalModel(
+            application,
+            batch=settings.batch,
+            length=settings.length,
+            pad_token=job["pad_token"],
+            one_by_one=settings.continuous_batching,
+        )
+        words = {name: frozenset(v) if isinstance(v, list) else v for name, v in job["sampling"].items()}
+        answers = [answer(drive, prompt, Sampling(**words)).as_dict() for prompt in job["prompts"]]
+        return {"answers": answers, "load_seconds": loading, "config": config.to_json_string()}
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
