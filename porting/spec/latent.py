@@ -119,6 +119,8 @@ class LatentAnalysis:
         width = call.output.shape[-1]
         if width % heads or width // heads <= size or call.output.ndim != 3:
             return False
+        if same(call.input, self._seen.call(self._path).input):  # a fused projection of the hidden states
+            return False
         return same(self._by_head(call.output, heads)[..., -size:], values)
 
     def _norm_before(self, call: Call) -> Call:
