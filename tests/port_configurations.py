@@ -23,6 +23,24 @@ _PHI3_LONG = {
     "rope_scaling": _LONGROPE,
 }
 
+_DEEPSEEK_V2 = {
+    "n_group": 8,
+    "topk_group": 3,
+    "topk_method": "group_limited_greedy",
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 6,
+    "norm_topk_prob": False,
+}
+_DEEPSEEK_YARN = {
+    "rope_type": "yarn",
+    "factor": 40,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "original_max_position_embeddings": 4096,
+}
+
 #: Model type, and what differs from its default configuration.
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"rope_theta": 500000.0, "rope_scaling": _LLAMA3}),
@@ -56,6 +74,16 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "helium": ("helium", {}),
     "olmo": ("olmo", {}),
     "olmo2": ("olmo2", {}),
+    "mixtral": ("mixtral", {}),
+    "qwen2_moe": ("qwen2_moe", {}),
+    "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True}),
+    "olmoe": ("olmoe", {}),
+    "granitemoe": ("granitemoe", {}),
+    "phimoe": ("phimoe", {}),
+    "glm4_moe": ("glm4_moe", {}),
+    "gpt_oss": ("gpt_oss", {}),
+    "deepseek_v2": ("deepseek_v2", _DEEPSEEK_V2),
+    "deepseek_v3": ("deepseek_v3", {"rope_scaling": _DEEPSEEK_YARN}),
 }
 
 

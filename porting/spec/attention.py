@@ -107,9 +107,7 @@ class AttentionAnalysis:
             layout=layout,
             projections=names,
             output=output,
-            qkv_bias=(False,) * 3
-            if latent
-            else tuple(self._has_bias(n) for n in (names if len(names) == 3 else names * 3)),
+            qkv_bias=(False,) * 3 if latent else self._biases(names),
             output_bias=self._has_bias(output),
             transposed=type(self._module.get_submodule(output)).__name__ == "Conv1D",
             scale=scale,
@@ -345,6 +343,9 @@ class AttentionAnalysis:
                 self._sources.add("attention.sinks", f"checkpoint: {self._path}.{name}")
                 return name
         raise self._fail("additional scores in the softmax")
+
+    def _biases(self, names: tuple[str, ...]) -> tuple[bool, ...]:
+        return tuple(self._has_bias(name) for name in (names if len(names) == 3 else names * 3))
 
     def _has_bias(self, name: str) -> bool:
         return getattr(self._module.get_submodule(name), "bias", None) is not None
