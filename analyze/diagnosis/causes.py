@@ -58,6 +58,8 @@ CAUSES = frozenset(
         "rope_scaling_ignored",
         "rope_scaling_kind",
         "routing_renormalised",
+        "routing_rule",
+        "routing_top_k",
         "routing_unnormalised",
         "same_shard_everywhere",
         "shape_mismatch",
