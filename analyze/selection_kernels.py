@@ -43,7 +43,8 @@ def _slot(value: float, lows: IntArray, highs: IntArray) -> int:
 def _is_wanted(value: float, shift: int, wanted: IntArray) -> int:
     """1 if the bit of the value's prefix is set."""
     prefix = np.uint64(as_bits(value)) >> np.uint64(shift)
-    return (wanted[prefix >> np.uint64(6)] >> np.int64(prefix & np.uint64(63))) & np.int64(1)
+    bit: int = (wanted[prefix >> np.uint64(6)] >> np.int64(prefix & np.uint64(63))) & np.int64(1)
+    return bit
 
 
 @compiled
