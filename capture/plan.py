@@ -57,12 +57,14 @@ class Plan:
         return asdict(self)
 
 
-class _Counter(Recorder):
+class CountingRecorder(Recorder):
     """A recorder that counts instead of storing; repeated views are recognised by identity."""
 
+    n_tensors = nbytes = stored_nbytes = 0
+
     def __init__(self, model: torch.nn.Module, selection: Selection) -> None:
+        """Prepare to count; `selection`: which sites are kept."""
         super().__init__(model, None, selection)
-        self.n_tensors = self.nbytes = self.stored_nbytes = 0
         self._seen: dict[int, torch.Tensor] = {}
 
     def _put(self, key: TensorKey, tensor: torch.Tensor) -> None:
@@ -73,6 +75,7 @@ class _Counter(Recorder):
             self.stored_nbytes += size
 
     def counts(self) -> tuple[int, int, int]:
+        """Tensors, bytes and bytes to store so far; views of the forward pass are forgotten."""
         self._seen.clear()
         return self.n_tensors, self.nbytes, self.stored_nbytes
 
@@ -86,6 +89,7 @@ def plan_capture(
     folder: Path,
     dtype: torch.dtype,
     statistics_only: bool = False,
+    counting: Callable[[torch.nn.Module, Selection], CountingRecorder] = CountingRecorder,
 ) -> Plan:
     """Predict a capture.
 
@@ -97,6 +101,7 @@ def plan_capture(
         folder: an existing folder on the disk the trace will be on.
         dtype: the model's dtype.
         statistics_only: values are not stored.
+        counting: makes the recorder that counts, for models with sites of their own.
 
     Raises:
         RuntimeError: the model's forward depends on values and cannot run without them.
@@ -108,7 +113,7 @@ def plan_capture(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, torch.no_grad():
         model, adapter = build()
-        counter = _Counter(model, selection)
+        counter = counting(model, selection)
         counter.record_parameters()
         total = [*counter.counts(), 0]
         counter.attach()
@@ -129,7 +134,7 @@ def _n_forwards(prompt: EncodedPrompt, generation: Generation) -> int:
 def _passes(
     mode: FakeTensorMode,
     model: CausalModel,
-    counter: _Counter,
+    counter: CountingRecorder,
     lengths: Sequence[tuple[int, int]],
     generation: Generation,
 ) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
@@ -158,7 +163,7 @@ def _passes(
 def _forward(
     mode: FakeTensorMode,
     model: CausalModel,
-    counter: _Counter,
+    counter: CountingRecorder,
     ids: torch.Tensor,
     mask: torch.Tensor,
     cache: Any,

@@ -103,14 +103,15 @@ def capture_hf(
         predicted, reason = try_plan(opened, capture, prepare_prompts(opened, capture, config))
         if predicted is None:
             raise InputError(f"{model} cannot be planned without running it: {reason}")
-        _print_plan(predicted, json)
+        print_plan(predicted, json)
         return
     with progress(f"capture {run}") as update:
         summary = capture_hugging_face(opened, capture, progress=update)
     print_summary(summary, json)
 
 
-def _print_plan(plan: Plan, json: bool) -> None:
+def print_plan(plan: Plan, json: bool) -> None:
+    """Print what a capture would take."""
     if json:
         print_json(plan.as_dict())
         return

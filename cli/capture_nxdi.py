@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..store import InputError, Trace
-from .capture import print_summary
+from .capture import print_plan, print_summary
 from .capture_options import (
     Batch,
     Exclude,
@@ -70,6 +70,7 @@ def capture_nxdi(
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="Argument of the NeuronConfig, for example fused_qkv=true."),
     ] = None,
+    plan: Annotated[bool, typer.Option(help="Predict tensors, bytes and time on a CPU; run nothing.")] = False,
     json: Json = False,
 ) -> None:
     """Run an NxD Inference port and record every rank: on a CPU, or compiled on a Neuron device."""
@@ -103,6 +104,13 @@ def capture_nxdi(
         options=options,
     )
     opened = Trace.create(trace)
+    if plan:
+        from ..capture.nxdi.planning import plan_on_cpu
+
+        if compiled is not None:
+            raise InputError("--plan predicts captures on a CPU; give --cpu")
+        print_plan(plan_on_cpu(opened, request), json)
+        return
     with progress(f"capture {run}") as update:
         if compiled is None:
             summary = capture_on_cpu(opened, request, progress=update)

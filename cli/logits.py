@@ -83,12 +83,11 @@ def _print_phases(report: LogitReport) -> None:
     phases = list(dict.fromkeys(item.scope for item in report.criteria if item.scope != "all"))
     if not phases:
         return
-    by_name: dict[str, list[Criterion]] = {}
-    for item in report.criteria:
-        if item.scope != "all":
-            by_name.setdefault(item.meaning, []).append(item)
-    rows = [(meaning, *(cell for item in items for cell in (_number(item), item.verdict)))
-            for meaning, items in by_name.items()]  # fmt: skip
+    found = {(item.meaning, item.scope): item for item in report.criteria if item.scope != "all"}
+    rows = [
+        (meaning, *(cell for phase in phases for cell in _in_phase(found.get((meaning, phase)))))
+        for meaning in dict.fromkeys(meaning for meaning, _ in found)
+    ]
     print_table("by phase", ("criterion", *(cell for phase in phases for cell in (phase, "verdict"))), rows)
     wrong = [phase for phase in phases if any(i.scope == phase and i.verdict == "fail" for i in report.criteria)]
     if wrong and len(wrong) < len(phases):
@@ -133,6 +132,11 @@ def _criterion(item: Criterion) -> tuple[Any, ...]:
     limit = "-" if item.limit is None else f"{item.sense} {item.limit:.4g}"
     baseline = None if item.baseline is None else _text(item.name, item.baseline)
     return (f"{item.meaning}{' *' if item.published else ''}", _number(item), limit, baseline, item.verdict, item.note)
+
+
+def _in_phase(item: Criterion | None) -> tuple[str | None, str | None]:
+    """Value and verdict; with few positions a phase lacks some criteria."""
+    return (None, None) if item is None else (_number(item), item.verdict)
 
 
 def _number(item: Criterion) -> str | None:

@@ -199,6 +199,16 @@ def test_one_position_is_enough(trace: Trace) -> None:
     assert trace.query("SELECT count(*) AS n FROM logits").to_pylist() == [{"n": 1}]
 
 
+def test_phases_of_few_positions_are_printed_side_by_side(trace: Trace, capsys: pytest.CaptureFixture[str]) -> None:
+    for run, values, role in (("r", R, "reference"), ("b", B, "baseline"), ("t", T, "target")):
+        recorded = [Tensor("lm_head", values[0, None, :1], prompt=0, dims="b s v")]
+        recorded += [Tensor("lm_head", values[0, None, 1:5], 1, "decode", 1, 0, dims="b s v")]
+        add(trace, run, recorded, role, tokens={0: TOKENS[0][:6]}, n_prompt=1)
+    compare(trace, ComparisonRequest("r", "t", "b"))
+    assert main(["logits", str(trace.path), "t"]) == 0
+    assert "by phase" in capsys.readouterr().out
+
+
 def test_a_head_split_over_ranks_is_joined(trace: Trace) -> None:
     references(trace)
     half = WIDTH // 2

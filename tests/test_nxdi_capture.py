@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -21,15 +22,17 @@ from tensorsleuth.capture.hf import ModelSource
 from tensorsleuth.capture.hf_run import HuggingFaceCapture, capture_hugging_face
 from tensorsleuth.capture.nxdi.run import NxdiCapture, capture_on_cpu
 from tensorsleuth.capture.prompts import PromptInput
+from tensorsleuth.cli.app import main
 from tensorsleuth.store import InputError, Trace, verify
 from tensorsleuth.store.dims import by_position, parse_dims
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen3MoeConfig
 
 pytestmark = pytest.mark.skipif(
     not (os.environ.get("NXDI_SRC") and os.environ.get("NXD_SRC")),
     reason="needs the NxD Inference sources: set NXDI_SRC and NXD_SRC to checkouts of them",
 )
 LLAMA = "neuronx_distributed_inference.models.llama.modeling_llama:NeuronLlamaForCausalLM"
+MISTRAL = "neuronx_distributed_inference.models.mistral.modeling_mistral:NeuronMistralForCausalLM"
 QWEN3_MOE = "neuronx_distributed_inference.models.qwen3_moe.modeling_qwen3_moe:NeuronQwen3MoeForCausalLM"
 _SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -254,6 +257,70 @@ def test_weights_that_do_not_fit_are_listed(recorded: Trace, llama: Path, tmp_pa
     with pytest.raises(InputError, match=r"1 missing \(norm\.weight\); 1 unexpected \(layers\.0\.mlp\.gate_porj"):
         capture(recorded, model, "unfit")
     assert "unfit" not in recorded.run_names()
+
+
+@pytest.mark.parametrize("degree", ["ep_degree", "moe_ep_degree", "cp_degree", "pp_degree"])
+def test_parallelism_other_than_over_tensors_is_refused(recorded: Trace, llama: Path, degree: str) -> None:
+    with pytest.raises(InputError, match=f"--neuron {degree}=2 spreads the model"):
+        capture(recorded, llama, "spread", tp=2, options={degree: 2})
+    assert "spread" not in recorded.run_names()
+
+
+def test_a_sliding_window_shorter_than_the_prompt_is_right(tmp_path: Path) -> None:
+    config = MistralConfig(**_SIZES, sliding_window=8, head_dim=16)
+    model = save_checkpoint(config, tmp_path / "model")
+    trace = Trace.create(tmp_path / "t")
+    prompts = [PromptInput("a", token_ids=tuple((7 * i) % 90 + 2 for i in range(30)))]
+    generation = Generation(new_tokens=6)
+    request = HuggingFaceCapture(ModelSource(model), "ref", "reference", prompts=prompts, generation=generation)
+    capture_hugging_face(trace, request)
+    reference, target = values(trace, "ref"), values(trace, capture(trace, model, "window", MISTRAL))
+    for ours, theirs in llama_pairs():
+        assert relative_l2(target[ours], reference[theirs]) < 1e-5, ours
+
+
+PORT_FILE = """
+from neuronx_distributed_inference.models.llama.modeling_llama import LlamaInferenceConfig, NeuronLlamaForCausalLM
+
+
+class OwnConfig(LlamaInferenceConfig):
+    pass
+
+
+class OwnLlama(NeuronLlamaForCausalLM):
+    @classmethod
+    def get_config_cls(cls):
+        return OwnConfig
+"""
+
+
+def test_the_plan_of_a_users_own_port_is_what_its_capture_records(
+    recorded: Trace, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_port.py").write_text(PORT_FILE)
+    arguments = [
+        "capture",
+        "nxdi",
+        str(recorded.path),
+        str(llama),
+        "--run",
+        "own",
+        "--cpu",
+        "--tp",
+        "2",
+        "--batch",
+        "2",
+    ]
+    arguments += ["--port", f"{tmp_path}/own_port.py:OwnLlama", "--config", f"{tmp_path}/own_port.py:OwnConfig"]
+    arguments += ["--dtype", "float32", "--teacher", "ref", "--json"]
+    assert main([*arguments, "--plan"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert "own" not in recorded.run_names()
+    assert main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (plan["n_tensors"], plan["nbytes"]) == (found["n_tensors"], found["nbytes"])
+    assert plan["stored_nbytes"] >= found["stored_nbytes"]
+    assert recorded.manifest("own").modules[0].cls == "NeuronLlamaModel"
 
 
 def test_a_killed_rank_stops_the_others_and_keeps_what_was_recorded(llama: Path, tmp_path: Path) -> None:

@@ -33,6 +33,11 @@ from .ranks import RankGroup, last_words
 _WORKER = "tensorsleuth.capture.nxdi.worker"
 #: Default lengths of prefill bucket and cache are a multiple of this.
 _LENGTH_STEP = 64
+#: Ways to spread a model over ranks, other than tensor parallelism, that a CPU run does not know.
+_OTHER_PARALLELISM = (
+    "pp_degree", "ep_degree", "moe_ep_degree", "moe_cte_ep_degree", "moe_tkg_ep_degree", "cp_degree", "mlp_cp_degree",
+    "attention_dp_degree",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,19 @@ def capture_on_cpu(trace: Trace, capture: NxdiCapture, *, progress: Progress = n
     """
     found = find_environment()
     require_sources(found)
+    with tempfile.TemporaryDirectory(prefix="sleuth-nxdi-") as scratch:
+        folder = Path(scratch)
+        job = prepare_job(trace, capture, folder)
+        manifest = _manifest(capture, job, found, checkpoint_fingerprint(ModelSource(capture.model)))
+        return _Session(trace, capture, manifest, folder, progress).run()
+
+
+def prepare_job(trace: Trace, capture: NxdiCapture, folder: Path) -> RankJob:
+    """What the ranks of a capture are told, also written to `folder/job.json`.
+
+    Raises:
+        SleuthError: an argument cannot be used.
+    """
     _check(capture)
     quiet_transformers()
     source = ModelSource(capture.model)
@@ -108,30 +126,26 @@ def capture_on_cpu(trace: Trace, capture: NxdiCapture, *, progress: Progress = n
         config,
     )
     generation = replace(capture.generation, stop_tokens=stop_tokens(config), padding="right")
-    length = capture.length or length_for(prompts, generation, config.get_text_config())
-    with tempfile.TemporaryDirectory(prefix="sleuth-nxdi-") as scratch:
-        folder = Path(scratch)
-        job = RankJob(
-            model=str(capture.model.resolve()),
-            port=capture.port,
-            config=capture.config,
-            rendezvous=str(folder / "rendezvous"),
-            run_folder=str(trace.run_folder(capture.run).resolve()),
-            run=capture.run,
-            dtype=str(parse_dtype(capture.dtype)).removeprefix("torch."),
-            tp=capture.tp,
-            length=length,
-            prompts=tuple(prompts),
-            generation=generation,
-            selection=capture.selection,
-            statistics_only=capture.statistics_only,
-            scores=capture.scores,
-            library_capture=capture.library_capture,
-            options=capture.options,
-        )
-        job.write(folder / "job.json")
-        manifest = _manifest(capture, job, prompts, found, checkpoint_fingerprint(source))
-        return _Session(trace, capture, manifest, folder, progress).run()
+    job = RankJob(
+        model=str(capture.model.resolve()),
+        port=capture.port,
+        config=capture.config,
+        rendezvous=str(folder / "rendezvous"),
+        run_folder=str(trace.run_folder(capture.run).resolve()),
+        run=capture.run,
+        dtype=str(parse_dtype(capture.dtype)).removeprefix("torch."),
+        tp=capture.tp,
+        length=capture.length or length_for(prompts, generation, config.get_text_config()),
+        prompts=tuple(prompts),
+        generation=generation,
+        selection=capture.selection,
+        statistics_only=capture.statistics_only,
+        scores=capture.scores,
+        library_capture=capture.library_capture,
+        options=capture.options,
+    )
+    job.write(folder / "job.json")
+    return job
 
 
 class _Session:
@@ -249,6 +263,12 @@ def _check(capture: NxdiCapture) -> None:
         parse_class(capture.config)
     if capture.dtype in ("float64", "fp64"):
         raise InputError("NxD Inference does not run in float64; choose float32 or bfloat16")
+    for name in _OTHER_PARALLELISM:
+        if capture.options.get(name, 1) != 1:
+            raise InputError(
+                f"--neuron {name}={capture.options[name]} spreads the model in a way that a capture on a CPU does not "
+                "know; leave it out and use --tp alone"
+            )
     if capture.tp < 1:
         raise InputError(f"--tp {capture.tp} is not a number of ranks; give 1 or more")
 
@@ -263,9 +283,7 @@ def length_for(prompts: Sequence[EncodedPrompt], generation: Generation, config:
     return -(-max(longest, window) // _LENGTH_STEP) * _LENGTH_STEP
 
 
-def _manifest(
-    capture: NxdiCapture, job: RankJob, prompts: Sequence[EncodedPrompt], found: Environment, fingerprint: str
-) -> RunManifest:
+def _manifest(capture: NxdiCapture, job: RankJob, found: Environment, fingerprint: str) -> RunManifest:
     facts = environment()
     facts.update(
         checkpoint_fingerprint=fingerprint,
@@ -295,5 +313,5 @@ def _manifest(
         status="running",
         created_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"),
         provenance=facts,
-        prompts=tuple(Prompt(index, p.id, p.text, len(p.token_ids)) for index, p in enumerate(prompts)),
+        prompts=tuple(Prompt(index, p.id, p.text, len(p.token_ids)) for index, p in enumerate(job.prompts)),
     )
