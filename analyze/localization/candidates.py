@@ -33,6 +33,7 @@ class Candidate:
         injected: see `Suspect.injected`.
         replayed: R_local of its module where the comparison was replayed.
         good_inputs: the module's inputs were compared, and none fails.
+        kept_in: output of a module around it that its error does not reach; None when there is none.
     """
 
     site: SiteError
@@ -42,6 +43,7 @@ class Candidate:
     injected: float | None
     replayed: Replayed | None
     good_inputs: bool
+    kept_in: SiteError | None
 
     @property
     def weak(self) -> bool:
@@ -89,7 +91,7 @@ def _candidate(flow: Dataflow, site: SiteError, before: Sequence[SiteError], rep
     reached, source = max(handed.values(), key=lambda pair: pair[0], default=(0.0, None))
     jump = math.inf if source is None else _quotient(site.excess, reached)
     sufficient = tuple(number for number, (much, one) in handed.items() if _explains(one, much, site))
-    return Candidate(site, jump, source, sufficient, injected, replayed, good)
+    return Candidate(site, jump, source, sufficient, injected, replayed, good, flow.kept_in(site, 1 / GAIN))
 
 
 def _explains(source: SiteError, handed: float, site: SiteError) -> bool:

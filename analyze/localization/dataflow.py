@@ -77,6 +77,21 @@ class Dataflow:
                 break
         return handed
 
+    def kept_in(self, site: SiteError, share: float) -> SiteError | None:
+        """The output that shows that the error of `site` ends inside a module around it.
+
+        It finished later, passes, and holds less than `share` of the site's relative excess error: the tokens of an
+        expert of which one was exchanged at a tie, a mask that is written in another way.
+        """
+        around = site.module if site.port == "input" else site.module.rpartition(".")[0]
+        while around:
+            outlet = self._outputs.get(around)
+            later = outlet is not None and outlet.exec_order > site.exec_order and not outlet.failed
+            if outlet is not None and later and outlet.excess < share * site.excess:
+                return outlet
+            around = around.rpartition(".")[0]
+        return None
+
 
 def distinct(sites: Iterable[SiteError]) -> list[SiteError]:
     """Sites without those that hold the same values as an earlier one: a container that returns its last child's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -106,13 +107,15 @@ def rank(
 def _kind(candidate: Candidate, explaining: set[int], sites: Sequence[SiteError], changes: Sequence[SiteChange]) -> str:
     """What a site with an error of its own is.
 
-    `drift` when it lies on a steady growth of R, which no single site injects; `spike` when nothing downstream fails
-    because of it though something is downstream; else `origin`.
+    `drift` when it lies on a steady growth of R, which no single site injects; `spike` when its error ends inside a
+    module around it, or nothing downstream fails because of it though something is downstream; else `origin`.
     """
     place = candidate.site.exec_order
     for change in changes:
         if change.kind == DRIFT and change.log_r_change > 0 and change.exec_low < place <= change.exec_high:
             return DRIFT
+    if candidate.kept_in is not None:
+        return SPIKE
     if candidate.site.measurement in explaining:
         return ORIGIN
     return SPIKE if any(site.exec_order > place and not site.failed for site in sites) else ORIGIN
@@ -149,11 +152,13 @@ def _reason(candidate: Candidate, kind: str, phases: Mapping[str, Sequence[SiteE
         parts.append(f"explained by {source.site}: {candidate.jump:.2g} times the relative error that reaches it")
     elif candidate.good_inputs:
         parts.append("its inputs are good")
-    elif source is None:
-        parts.append("no site upstream of it fails")
+    elif source is None or candidate.jump == math.inf:
+        parts.append("no failing site upstream of it hands on its error")
     else:
         parts.append(f"{candidate.jump:.2g} times the relative error that can have come from {source.site}")
-    if kind == SPIKE:
+    if kind == SPIKE and candidate.kept_in is not None:
+        parts.append(f"its error does not reach {candidate.kept_in.site}")
+    elif kind == SPIKE:
         parts.append("nothing downstream fails because of it")
     if kind == DRIFT:
         parts.append("R grows steadily over the sites around it")
