@@ -72,6 +72,7 @@ _RENAMED = tuple(
         (r"(.*\.)?(self_attn|attention|attn)\.o_proj", r"\1\2.o_proj.o_proj", None),
         (r"(.*\.)?block_sparse_moe", r"\1mlp", None),
         (_EXPERTS, r"\1mlp.expert_mlps", None),
+        (_EXPERTS, r"\1block_sparse_moe.expert_mlps", None),
         (_EXPERTS, r"\1feed_forward", None),
         (_EXPERTS, r"\1feed_forward.moe", None),
         (_EXPERTS, r"\1feed_forward.moe.expert_mlps", None),
@@ -85,7 +86,7 @@ _FUSED = {
 }
 _FUSED["k_proj"] = _FUSED["v_proj"] = _FUSED["q_proj"]
 _FUSED["up_proj"] = _FUSED["gate_proj"]
-_ROUTERS = ("mlp.router", "feed_forward.moe.router")
+_ROUTERS = ("mlp.router", "block_sparse_moe.router", "feed_forward.moe.router")
 _ROUTED = re.compile(_EXPERTS + r"(\.gate|\.router)?$")
 _LAYER_ROTARY = re.compile(r"layers\.\d+\.(?:self_attn|attention|attn)\.rotary_emb$")
 _LAYER = re.compile(r"layers\.(\d+)\.")
@@ -147,7 +148,7 @@ def no_counterpart(site: Site, around: Surroundings) -> str | None:
     expert = re.match(_EXPERTS + r"\.experts\.", site.module)
     if expert:
         prefix = expert[1] or ""
-        for name in ("mlp.expert_mlps", "feed_forward.moe.expert_mlps"):
+        for name in ("mlp.expert_mlps", "block_sparse_moe.expert_mlps", "feed_forward.moe.expert_mlps"):
             if prefix + name in around.target:
                 return f"sees the tokens routed to one expert only; the target computes all experts in {prefix}{name}"
     leaf = site.module.rpartition(".")[2]
