@@ -52,7 +52,7 @@ def capture_on_device(
     """
     found = find_environment()
     require_sources(found)
-    _require_device(found, compiled)
+    require_device(found, compiled)
     quiet_transformers()
     activate(found)
     source = ModelSource(capture.model)
@@ -173,7 +173,12 @@ def dims_by_name(tp: int) -> Any:
     return dims
 
 
-def _require_device(found: Environment, compiled: Path) -> None:
+def require_device(found: Environment, compiled: Path) -> None:
+    """Insist on a Neuron device and a compiled folder.
+
+    Raises:
+        InputError: one is missing.
+    """
     if not found.has_sdk or not found.devices:
         what = "the Neuron SDK" if not found.has_sdk else "a Neuron device"
         raise InputError(f"--compiled needs {what}, this machine has none; use --cpu, or run it on a Neuron instance")

@@ -138,7 +138,7 @@ class DirectModelCompiler:
             "NEURON_CC_FLAGS is set, but the library passes each submodel's own arguments (compiler_args below)"
         )
         with set_for_now(variables):
-            application: Any = self.config.model_class(model_path=str(model), config=configuration)  # type: ignore[call-arg]
+            application: Any = self.config.model_class(model_path=str(model), config=configuration)
             self.report.compiler_args = apply_flags(application, self.config, experts=experts)
             application.compile(str(self._output))
         restored = self.config.config_class.load(str(self._output))  # type: ignore[attr-defined]
@@ -161,7 +161,7 @@ class DirectModelCompiler:
         options = self._neuron_options(experts)
         if config.capture_globs:
             options.update(self._capture_options(model))
-        return config.config_class(neuron_class(**options), load_config=load_pretrained_config(str(model))), experts  # type: ignore[call-arg]
+        return config.config_class(neuron_class(**options), load_config=load_pretrained_config(str(model))), experts
 
     def _neuron_options(self, experts: bool) -> dict[str, Any]:
         import torch

@@ -127,12 +127,12 @@ class DevicePort:
             InputError: there is no Neuron SDK, no device, or no compiled port in the folder.
         """
         from ...capture.nxdi.adapter import NxdiCausalModel
-        from ...capture.nxdi.device_run import _require_device
+        from ...capture.nxdi.device_run import require_device
         from ...capture.nxdi.port import activate, load_class, parse_class
 
         found = find_environment()
         require_sources(found)
-        _require_device(found, compiled)
+        require_device(found, compiled)
         activate(found)
         started = time.perf_counter()
         self.application = load_class(parse_class(port))(str(compiled))

@@ -74,7 +74,9 @@ def run_job(job: dict[str, Any], rank: int) -> dict[str, Any]:
             pad_token=job["pad_token"],
             one_by_one=settings.continuous_batching,
         )
-        words = {name: frozenset(v) if isinstance(v, list) else v for name, v in job["sampling"].items()}
+        words: dict[str, Any] = {
+            name: frozenset(v) if isinstance(v, list) else v for name, v in job["sampling"].items()
+        }
         answers = [answer(drive, prompt, Sampling(**words)).as_dict() for prompt in job["prompts"]]
         return {"answers": answers, "load_seconds": loading, "config": config.to_json_string()}
     finally:
