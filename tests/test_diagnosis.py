@@ -28,6 +28,7 @@ from numpy_decoder import (
     references,
     rotate,
 )  # fmt: skip
+from numpy_runs import Tensor, add_run
 from tensorsleuth.analyze.compare import ComparisonRequest, compare
 from tensorsleuth.analyze.diagnosis import Finding, diagnose
 from tensorsleuth.analyze.diagnosis.examination import examine
@@ -214,7 +215,8 @@ def test_a_bug_is_named_with_its_number(bug: str, recorded: tuple[Trace, Port]) 
     assert found.confidence > 0.1
     assert found.evidence["residual_ratio"] < 2.0
     if parameter:
-        assert found.evidence["parameters"][parameter] == value
+        told = found.evidence["parameters"][parameter]
+        assert told == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value)
 
 
 def test_a_correct_port_has_no_findings(recorded: tuple[Trace, Port]) -> None:
@@ -309,3 +311,18 @@ def test_the_config_is_needed_for_names_only(tmp_path: Path, monkeypatch: pytest
     first = examined(trace, replace(port, embed=lambda x: x * HIDDEN**0.5), "scaled", "model.embed_tokens")
     assert (first.cause, first.evidence["parameters"]["equals"]) == ("multiplier", [])
     assert CONFIG
+
+
+def test_another_size_is_named_and_sizes_that_depend_on_the_data_are_not(tmp_path: Path) -> None:
+    trace = Trace.create(tmp_path / "trace")
+    tokens = {0: [1, 2, 3], 1: [4, 5, 6]}
+    for run, role, wide in (("fp32", "reference", 8), ("bf16", "baseline", 8), ("port", "target", 6)):
+        tensors = [Tensor("model.norm", np.ones((1, 3, wide), np.float32), 0, prompt=prompt) for prompt in tokens]
+        for prompt in tokens:
+            rows = np.ones((2 + prompt + (role == "target"), 4), np.float32)
+            tensors.append(Tensor("expert", rows, None, prompt=prompt, order=1))
+        add_run(trace, run, tensors, role=role, tokens=tokens)
+    compare(trace, ComparisonRequest("fp32", "port", "bf16"))
+    found = {finding.site: finding for finding in diagnose(trace, "port")}
+    assert found["model.norm"].cause == "shape_mismatch"
+    assert all(finding.cause == "unknown" for site, finding in found.items() if site == "expert")

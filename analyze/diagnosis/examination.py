@@ -66,10 +66,11 @@ def examine(runs: ComparedRuns, origin: Origin, rank: int) -> Finding | None:
     try:
         scene = open_scene(runs, origin)
     except LookupError:
-        return _finding(runs, origin, rank, whole.unreadable(runs, origin), {})
+        unread = whole.unreadable(runs, origin)
+        return _finding(runs, origin, rank, unread, _evidence(unread))
     broken = whole.broken(scene)
     if broken is not None:
-        return _finding(runs, origin, rank, broken, {"where": where(scene)})
+        return _finding(runs, origin, rank, broken, {"where": where(scene), **_evidence(broken)})
     decision = _refined(runs, origin, decide(scene.error, scores(scene)))
     evidence = {"where": where(scene), "weights": weights(scene), **_evidence(decision)}
     return _finding(runs, origin, rank, decision, evidence)

@@ -16,12 +16,8 @@ from .scene import REFERENCE, Scene
 _ROUTERS = ("gate", "router")
 _BLOCKS = ("mlp", "block_sparse_moe", "experts", "moe", "feed_forward")
 #: How logits become affinities of the chosen experts.
-_CHOSEN, _ALL, _NORMALISED, _SIGMOID = (
-    "softmax of the chosen",
-    "softmax of all",
-    "softmax of all, normalised",
-    "sigmoid",
-)
+_CHOSEN, _ALL = "softmax of the chosen", "softmax of all"
+_NORMALISED, _SIGMOID = "softmax of all, normalised", "sigmoid"
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,11 @@ class ComparedRuns:
         return {info.site.name: info for info in sites_of(self.trace, self.reference)}
 
     @cached_property
+    def target_sites(self) -> dict[str, SiteInfo]:
+        """The target's sites by name."""
+        return {info.site.name: info for info in sites_of(self.trace, self.target)}
+
+    @cached_property
     def classes(self) -> dict[str, str]:
         """Class of every module of the reference, by path."""
         return {module.path: module.cls for module in self.trace.manifest(self.reference).modules}
@@ -107,7 +112,7 @@ class ComparedRuns:
     @cached_property
     def counterparts(self) -> dict[str, tuple[Counterpart, ...]]:
         """Target sites by reference site, those that need no rearranging first."""
-        targets = {info.site.name: info.site for info in sites_of(self.trace, self.target)}
+        targets = {name: info.site for name, info in self.target_sites.items()}
         rows = self.trace.query(
             "SELECT * FROM mapping_entries WHERE mapping = ? ORDER BY entry", [self.comparison]
         ).to_pylist()
@@ -211,9 +216,10 @@ def _columns(ranges: list[list[int]] | None) -> Columns | None:
 
 
 def _last_axis(stored: list[Stored]) -> int | None:
-    """Length of the last axis of tensors without positions, when they agree; None for tensors with positions."""
-    lengths = {tensor.shape[-1] for tensor in stored if tensor.position_start is None and tensor.shape}
-    return lengths.pop() if len(lengths) == 1 and all(t.position_start is None for t in stored) else None
+    """Length of the last axis of tensors that are compared whole, when they agree; None for rows of token positions."""
+    lengths = {tensor.shape[-1] for tensor in stored if tensor.shape}
+    whole = any(tensor.position_start is None for tensor in stored)
+    return lengths.pop() if whole and len(lengths) == 1 else None
 
 
 def _gather(
@@ -241,7 +247,8 @@ def _gather(
                     positions = np.arange(rows) + len(parts) * rows
                 parts.append((prompt, positions, values))
                 left -= triple.reference[:take].size
-    if not parts:
+    widths = {rows.shape[1] for _, _, sides in parts for rows in sides if rows is not None}
+    if len(widths) != 1:  # none, or sizes that depend on the data
         return None
     prompts = np.concatenate([np.full(len(positions), prompt) for prompt, positions, _ in parts])
     positions = np.concatenate([part[1] for part in parts])

@@ -14,20 +14,17 @@ _LARGEST = {"float16": 65504.0, "bfloat16": 3.3895e38, "float32": 3.4028e38}
 
 
 def unreadable(runs: ComparedRuns, origin: Origin) -> Decision:
-    """A suspect whose values cannot be aligned: its shape does not fit."""
-    if origin.state != "shape_mismatch":
+    """A suspect whose values cannot be aligned: its size differs, or depends on the data."""
+    known = runs.sites.get(origin.site), runs.target_sites.get(origin.target_site)
+    if None in known or origin.state != "shape_mismatch":
         return Decision(UNKNOWN, None, None, 0.0, "its values cannot be aligned or were not recorded")
-    shapes = runs.trace.query(
-        """SELECT run, any_value(shape) AS shape FROM tensors
-           WHERE (run = ? AND site_name(module, port, slot, call) = ?)
-              OR (run = ? AND site_name(module, port, slot, call) = ?) GROUP BY run""",
-        [runs.reference, origin.site, runs.target, origin.target_site],
-    ).to_pylist()
-    by_run = {row["run"]: list(row["shape"]) for row in shapes}
-    ours, theirs = by_run.get(runs.reference), by_run.get(runs.target)
+    ours, theirs = (info.features if info is not None else None for info in known)
+    if ours is None or theirs is None or ours == theirs:
+        reason = "the size of its tensors depends on the data (routed tokens, a mask): look at the sites before it"
+        return Decision(UNKNOWN, None, None, 0.0, reason)
     return _sure(
         "shape_mismatch",
-        f"the target holds {theirs}, the reference {ours}",
+        f"the target holds {theirs} elements per token, the reference {ours}",
         "check sharding, padding and transposition of this module, or say in a mapping file how the two correspond",
         {"reference": ours, "target": theirs},
     )
