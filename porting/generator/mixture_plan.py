@@ -22,6 +22,8 @@ def mixture_plan(mixture: MixtureOfExperts, stem: str) -> dict[str, Any]:
     if experts.formula == "gated" and experts.activation_name not in _ACTIVATIONS:
         raise InputError(f"unsupported: the library's experts do not have the activation {experts.activation_name}")
     custom = _custom(router)
+    if router.after_top_k and (custom or router.scores != "softmax"):
+        raise InputError(f"unsupported: {router.scores} over the chosen experts only has no block yet")
     wrapped = bool(custom) or mixture.shared is not None or router.scale is not None
     arguments = _arguments(mixture, custom)
     shared = mixture.shared

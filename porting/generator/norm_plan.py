@@ -11,6 +11,8 @@ from ..spec.architecture import Architecture, Norm
 
 def norm_constructor(norm: Norm, size: str, stem: str) -> str:
     """The expression that makes a norm."""
+    if norm.kind == "layer" and norm.offset:
+        raise InputError("unsupported: a layer norm with an offset on its weight has no block yet")
     if norm.kind == "layer":
         affine = "" if norm.weight else ", elementwise_affine=False"
         bias = "" if norm.bias or not norm.weight else ", bias=False"

@@ -11,6 +11,9 @@ from ..generator.mixture_plan import target_of
 from ..spec.architecture import Architecture, FeedForward, MixtureOfExperts
 
 _WEIGHTS = "the port returns no attention weights"
+_CHOICES = "chosen experts and weights; the port is compared by scores and by the block's output"
+#: Routers return up to this many tensors.
+_ROUTER_OUTPUTS = 5
 _LOGITS = "the port scales or bounds logits in its projection"
 
 
@@ -28,10 +31,9 @@ def component_mapping(spec: Architecture, n_layers: int, recorded: Collection[tu
     modules = {module for module, _ in recorded}
     entries, reasons = [], []
     for source, target, reason in _pairs(spec, n_layers):
-        slot = source.partition("[")[2].rstrip("]")
-        known = (source.partition("[")[0], slot) in recorded if slot else source in modules
-        if known:
-            entries.append([[source], [target] if target else []])
+        module, bracket, rest = source.partition("[")
+        if (module, rest.rstrip("]")) in recorded if bracket else source in modules:
+            entries.append([[source.removesuffix("[]")], [target] if target else []])
             reasons.append(reason)
     return {"mapping_size": len(entries), "component_mapping": entries, "variables": {}, "reasoning": reasons}
 
@@ -71,8 +73,28 @@ def _of_block(spec: Architecture, source: str, target: str) -> Iterator[tuple[st
 
 
 def _of_experts(mixture: MixtureOfExperts, source: str, target: str) -> Iterator[tuple[str, str, str]]:
-    router = f"{source}.{mixture.module}.{mixture.router.module}"
-    yield router, f"{target}.{target_of(mixture)}.router.linear_router", "the router"
+    block = f"{source}.{mixture.module}"
+    router = f"{block}.{mixture.router.module}"
+    yield f"{router}[]", f"{target}.{target_of(mixture)}.router.linear_router", "the router"
+    for slot in range(_ROUTER_OUTPUTS):
+        yield f"{router}[{slot}]", "", _CHOICES
+        outer = router.rpartition(".")[0]
+        if outer != block:
+            yield f"{outer}[{slot}]", "", _CHOICES
+    yield f"{block}[1]", "", _CHOICES
+    inside = f"{block}.{mixture.experts.module}".rstrip(".")
+    if inside != block:
+        yield inside, "", "experts alone: the port returns what all ranks' experts add up to"
+
+
+def parts_of_experts(spec: Architecture) -> Iterator[str]:
+    """Globs of modules that compute single experts: ports compute all at once."""
+    for case in spec.feed_forward:
+        if case.experts is not None:
+            inside = f"{spec.layer.path}.*.{case.experts.module}"
+            experts = case.experts.experts
+            names = {experts.module} if experts.module else {n.partition(".")[0] for n in (experts.up, experts.down)}
+            yield from (f"{inside}.{name}.*" if experts.stored == "modules" else f"{inside}.{name}" for name in names)
 
 
 def _of_dense(block: FeedForward, source: str, target: str) -> Iterator[tuple[str, str, str]]:

@@ -33,7 +33,7 @@ from ..generator.generate import Port, generate, write_port
 from ..spec.architecture import Architecture
 from ..spec.extract import analyse_model
 from ..spec.hostile import hostile_model
-from .components import component_mapping_text
+from .components import component_mapping_text, parts_of_experts
 
 #: Largest relative L2 distance of a site in FP32.
 TOLERANCE = 1e-5
@@ -184,7 +184,7 @@ def check_port(
     steps = len(settings) + 2
     progress("reference", 0, steps)
     generation = Generation(new_tokens=_DECODED + 1, batch_size=batch)
-    selection = Selection(exclude=tuple(_without_effect(model)))
+    selection = Selection(exclude=(*_without_effect(model), *parts_of_experts(architecture)))
     capture_hugging_face(
         trace,
         HuggingFaceCapture(source, REFERENCE, "reference", prompts=prompts, generation=generation, selection=selection),

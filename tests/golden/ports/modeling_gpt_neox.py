@@ -116,8 +116,8 @@ class NeuronGPTNeoXMLP(nn.Module):
         )
 
     def forward(self, hidden_states):
-        output = self.dense_4h_to_h(self.act_fn(self.dense_h_to_4h(hidden_states)))
-        return output
+        inner = self.act_fn(self.dense_h_to_4h(hidden_states))
+        return self.dense_4h_to_h(inner)
 
 
 class NeuronGPTNeoXDecoderLayer(nn.Module):

@@ -138,8 +138,8 @@ class NeuronQwen2MoeSharedExpert(nn.Module):
         )
 
     def forward(self, hidden_states):
-        output = self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
-        return output
+        inner = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        return self.down_proj(inner)
 
 
 def experts_config(config):
