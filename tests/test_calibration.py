@@ -8,17 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy_runs import Array, Tensor, add_run
 from tensorsleuth import api
 from tensorsleuth.analyze.compare import ComparisonRequest, ComparisonSummary, compare
 from tensorsleuth.capture.generate import Generation
-from tensorsleuth.capture.hf import ModelSource
-from tensorsleuth.capture.hf_run import HuggingFaceCapture, capture_hugging_face
-from tensorsleuth.capture.prompts import PromptInput
+from tensorsleuth.capture.hf import HuggingFaceCausalModel, ModelSource, load_model
+from tensorsleuth.capture.hf_run import HuggingFaceCapture, capture_hugging_face, run_recorded
+from tensorsleuth.capture.prompts import PromptInput, teacher_prompts
 from tensorsleuth.capture.replicate import KINDS, Replicate, parse_replicate
 from tensorsleuth.capture.selection import Selection
 from tensorsleuth.cli.app import main
 from tensorsleuth.store import InputError, Trace, index
+from transformers import Qwen3MoeConfig
 
 PROMPTS, LENGTH, WIDTH, EXPERTS = 6, 16, 32, 4
 TOKENS = {prompt: list(range(prompt, prompt + LENGTH + 1)) for prompt in range(PROMPTS)}
@@ -271,3 +273,63 @@ def test_kinds_of_replicates_are_read_from_the_command_line() -> None:
     for text in ("noise", "attention:2", "threads:x"):
         with pytest.raises(InputError):
             parse_replicate(text)
+
+
+def _rolled(module: Any, args: Any, output: Any) -> Any:
+    """Scores of a router, moved to the next expert."""
+    return output.roll(1, -1) if not isinstance(output, tuple) else (output[0].roll(1, -1), *output[1:])
+
+
+def _set(model: Any, name: str, value: object) -> int:
+    found = [module for module in model.modules() if hasattr(module, name)]
+    for module in found:
+        setattr(module, name, value)
+    return len(found)
+
+
+FAULTS: dict[str, Callable[[Any], object]] = {
+    "one expert too few": lambda model: _set(model, "top_k", 1),
+    "weights not normalised": lambda model: _set(model, "norm_topk_prob", False),
+    "experts mixed up": lambda model: [
+        module.register_forward_hook(_rolled) for path, module in model.named_modules() if path.endswith("mlp.gate")
+    ],
+}
+
+
+def test_bugs_of_routing_fail_in_a_real_model_whose_clean_port_passes(trace: Trace, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = Qwen3MoeConfig(**sizes, **experts, **heads, bos_token_id=None, eos_token_id=None, initializer_range=0.3)
+    config.save_pretrained(tmp_path / "model")
+    source = ModelSource(tmp_path / "model", seed=0)
+    rng = np.random.default_rng(0)
+    texts = [PromptInput(str(n), token_ids=tuple(int(t) for t in rng.integers(0, 64, 4 + n))) for n in range(10)]
+
+    def run(name: str, dtype: str, **options: Any) -> None:
+        options = {"teacher": "fp32", **options}
+        chosen = Selection(exclude=("*experts*",))
+        capture_hugging_face(
+            trace, HuggingFaceCapture(source, name, "target", dtype, prompts=texts, selection=chosen, **options)
+        )
+
+    run("fp32", "float32", teacher=None)
+    run("bf16", "bfloat16")
+    run("sum", "bfloat16", replicate=Replicate("summation"))
+    assert compare(trace, ComparisonRequest("fp32", "sum", "bf16")).verdict == "pass"
+    prompts = teacher_prompts(trace.manifest("fp32"))
+    for name, fault in FAULTS.items():
+        model = load_model(source, torch.bfloat16)
+        assert fault(model)
+        run_recorded(
+            trace, model, HuggingFaceCausalModel(model), prompts, Generation(), run=name.replace(" ", "-"),
+            role="target", stack="hf", model_name="broken", selection=Selection(exclude=("*experts*",)), facts={},
+        )  # fmt: skip
+        request = ComparisonRequest("fp32", name.replace(" ", "-"), "bf16")
+        assert compare(trace, request).verdict == "fail", name
+        first = trace.query(
+            "SELECT arg_min(site, exec_order) AS site FROM measurements "
+            "WHERE comparison = ? AND verdict = 'fail' AND prompt IS NULL",
+            [request.comparison],
+        ).to_pylist()
+        assert first[0]["site"].startswith("model.layers.0.mlp"), name
