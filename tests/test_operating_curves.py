@@ -38,7 +38,8 @@ def test_r_and_the_qq_numbers_see_an_inflation() -> None:
 def test_behind_a_shared_outlier_only_the_numbers_of_the_middle_see_an_inflation() -> None:
     seen = found("inflation beside a shared outlier of 1000", 1.5)
     assert {name for name, share in seen.items() if share > 0.9} == {name for name in RULES if name[0] in "QWK"}
-    assert seen["R > 1.2"] == seen["BC gate"] == 0.0
+    assert seen["R > 1.2"] == 0.0
+    assert seen["BC gate"] < 0.1
 
 
 def test_r_misses_a_small_bias_and_ks_sees_it() -> None:
