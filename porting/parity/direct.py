@@ -36,7 +36,7 @@ class LogitErrors:
 
 
 @torch.no_grad()
-def logit_errors(model: torch.nn.Module, port: str, *, prompt: int = 11, decoded: int = 8) -> LogitErrors:
+def logit_errors(model: Any, port: str, *, prompt: int = 11, decoded: int = 8) -> LogitErrors:
     """Run a port beside its model.
 
     Args:

@@ -84,6 +84,7 @@ class AttentionAnalysis:
         assert values is not None
         latent = LatentAnalysis(self._seen, self._path, softmax, self._numbers, self._sources).run()
         norm, clip, factor = None, None, 1.0
+        rotary: Rotary | None
         if latent is not None:
             layout, names, rotary = "latent", latent.modules, self._identified(latent.rotation)
         else:
@@ -166,7 +167,7 @@ class AttentionAnalysis:
         for call in linears:
             if call.output.shape[-1] != width + 2 * kv_width:
                 continue
-            plain = call.output.split((width, kv_width, kv_width), -1)
+            plain = torch.split(call.output, (width, kv_width, kv_width), -1)  # type: ignore[no-untyped-call]
             cut = tuple(self._heads_of(x, n) for x, n in zip(plain, (heads, kv_heads, kv_heads), strict=True))
             if self._equal(cut[2], kv_values):
                 return self._found("plain", (call,), cut)
@@ -341,7 +342,7 @@ class AttentionAnalysis:
             fits = parameter.numel() == column.numel()
             if extra == 1 and fits and torch.allclose(parameter.detach().flatten(), column + plain, atol=1e-4):
                 self._sources.add("attention.sinks", f"checkpoint: {self._path}.{name}")
-                return name
+                return str(name)
         raise self._fail("additional scores in the softmax")
 
     def _biases(self, names: tuple[str, ...]) -> tuple[bool, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...store.errors import InputError
 from . import architecture
-from .architecture import VERSION, Architecture, Fact, Number
+from .architecture import VERSION, Architecture, Number
 
 _JSON_TYPES: dict[Any, dict[str, Any]] = {
     str: {"type": "string"},
@@ -95,7 +95,7 @@ def numbers_in(value: Any) -> Iterator[str]:
     """Every expression and condition of a spec."""
     if isinstance(value, Number):
         yield value.expression
-    elif isinstance(value, Fact) and dataclasses.is_dataclass(value):
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
             item = getattr(value, field.name)
             if field.name in ("condition", "activation", "scaling"):

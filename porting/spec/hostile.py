@@ -151,7 +151,7 @@ def _is_number(config: Any, key: str) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def hostile_model(config: Any, seed: int = 0) -> torch.nn.Module:
+def hostile_model(config: Any, seed: int = 0) -> Any:
     """A small random model of a configuration, with heads as wide as its code allows.
 
     Args:
@@ -175,7 +175,7 @@ def hostile_model(config: Any, seed: int = 0) -> torch.nn.Module:
     raise InputError(f"unsupported: a small {config.model_type} does not run: {reason}")
 
 
-def random_model(config: Any, seed: int = 0) -> torch.nn.Module:
+def random_model(config: Any, seed: int = 0) -> Any:
     """A model with random weights: norms away from where they begin, biases away from 0.
 
     Raises:
@@ -202,7 +202,7 @@ def random_model(config: Any, seed: int = 0) -> torch.nn.Module:
     return model.eval()
 
 
-def _built(config: Any, seed: int) -> torch.nn.Module:
+def _built(config: Any, seed: int) -> Any:
     """A model as its classes initialise it; where the library's own initialisation fails, as constructors do."""
     torch.manual_seed(seed)
     try:

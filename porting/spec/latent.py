@@ -88,11 +88,13 @@ class LatentAnalysis:
         if len(biases) > 1 or any(getattr(c.module, "bias", None) is not None for c in (up, query_up)):
             raise self._fail("biases on some of the latent's projections")
         latent = Latent(
-            *names[:3],
-            names[3],
-            names[4],
-            described,
-            names[5],
+            query_down=names[0],
+            query_norm=names[1],
+            query_up=names[2],
+            down=names[3],
+            norm_module=names[4],
+            norm=described,
+            up=names[5],
             rank=self._number("rank", rank, "config.kv_lora_rank"),
             query_rank=None
             if query_down is None
@@ -112,7 +114,7 @@ class LatentAnalysis:
         return "" if call is None else call.path.removeprefix(f"{self._path}.")
 
     def _by_head(self, tensor: torch.Tensor, heads: int) -> torch.Tensor:
-        return tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
+        return tensor.reshape(*tensor.shape[:-1], heads, -1).transpose(1, 2)
 
     def _ends_in(self, call: Call, values: torch.Tensor) -> bool:
         heads, size = values.shape[1], values.shape[-1]
@@ -173,5 +175,5 @@ def _rotation(before: torch.Tensor, after: torch.Tensor) -> Rotation | None:
 
     Queries and keys are laid out alike, so that scores do not depend on it.
     """
-    paired = after.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    paired = after.reshape(*after.shape[:-1], 2, -1).transpose(-1, -2).flatten(-2)
     return find_rotation(before, after) or find_rotation(before, paired)

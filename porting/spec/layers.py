@@ -35,7 +35,7 @@ _CONDITIONS = (
 )
 
 
-def find_layers(model: torch.nn.Module, n_layers: int) -> str:
+def find_layers(model: Any, n_layers: int) -> str:
     """Path of the list of decoder layers.
 
     Raises:
@@ -48,7 +48,7 @@ def find_layers(model: torch.nn.Module, n_layers: int) -> str:
     ]
     if not found:
         raise InputError(f"unsupported: {type(model).__name__} has no list of {n_layers} layers")
-    return min(found, key=lambda path: path.count("."))
+    return str(min(found, key=lambda path: path.count(".")))
 
 
 def _has_children(module: torch.nn.Module) -> bool:

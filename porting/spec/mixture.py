@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers.activations import ACT2FN
@@ -37,12 +38,13 @@ def _called(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return first.reshape(x.shape)
 
 
-def is_mixture(module: torch.nn.Module) -> bool:
+def is_mixture(module: Any) -> bool:
     """Whether a block holds experts: a list of equal blocks, or tensors with one matrix per expert."""
     return _list_of(module) is not None or any(p.ndim == 3 for p in module.parameters())
 
 
-def _list_of(module: torch.nn.Module) -> str | None:
+def _list_of(module: Any) -> str | None:
+    name: str
     for name, child in module.named_modules():
         if isinstance(child, torch.nn.ModuleList) and len(child) > 1 and any(map(is_linear, child[0].children())):
             return name
@@ -217,7 +219,7 @@ class MixtureAnalysis:
         for name, child in self._module.named_children():
             if name != shared and is_linear(child) and child.weight.shape[0] == 1:
                 self._sources.add(f"{_FIELD}.shared.gate", source_line(self._module, f"self.{name}("))
-                return name
+                return str(name)
         return ""
 
     def _claim(self, router: Router, experts: Experts, shared: SharedExpert | None) -> None:

@@ -32,7 +32,7 @@ class Call:
     """
 
     path: str
-    module: torch.nn.Module
+    module: Any
     inputs: tuple[torch.Tensor, ...]
     outputs: tuple[torch.Tensor, ...]
     order: int
@@ -82,7 +82,7 @@ class Observation:
         logits: what it returned.
     """
 
-    model: torch.nn.Module
+    model: Any
     config: Any
     tokens: torch.Tensor
     calls: tuple[Call, ...]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ...store.errors import InputError
@@ -44,12 +46,12 @@ class QueryKeyNorms:
         Raises:
             InputError: only one of the two is normalised, or differently.
         """
-        found = [self._applied_to(tensor) for tensor in (query, key)]
-        if found[0] is None and found[1] is None:
+        on_query, on_key = self._applied_to(query), self._applied_to(key)
+        if on_query is None and on_key is None:
             return None, query, key
-        if found[0] is None or found[1] is None:
+        if on_query is None or on_key is None:
             raise InputError(f"unsupported: a norm on queries or keys only at {self._path}")
-        (one, normed), (other, normed_key) = found
+        (one, normed), (other, normed_key) = on_query, on_key
         return self._described(one, other, query.shape[1], after=False), normed, normed_key
 
     def after(self, query: torch.Tensor, key: torch.Tensor) -> Found:
@@ -105,14 +107,14 @@ class QueryKeyNorms:
         return "width" if flat else "head"
 
 
-def _is_list_of_norms(module: torch.nn.Module) -> bool:
+def _is_list_of_norms(module: Any) -> bool:
     return bool(_list_name(module))
 
 
-def _list_name(module: torch.nn.Module) -> str:
+def _list_name(module: Any) -> str:
     """Name of the list in a module that holds one norm per head and nothing else; empty for other modules."""
     children = list(module.named_children())
     if len(children) != 1 or list(module.parameters(recurse=False)):
         return ""
-    name, inner = children[0]
+    name, inner = str(children[0][0]), children[0][1]
     return name if isinstance(inner, torch.nn.ModuleList) and all(is_norm(m) for m in inner) else ""

@@ -159,7 +159,8 @@ def _llama3(rates: torch.Tensor, scaling: Any) -> torch.Tensor:
     turns = original * rates / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     share = ((turns - low) / (high - low)).clamp(0, 1)
-    return rates * ((1 - share) / scaling["factor"] + share)
+    slowed: torch.Tensor = rates * ((1 - share) / scaling["factor"] + share)
+    return slowed
 
 
 def _yarn(rates: torch.Tensor, theta: float, dim: int, scaling: Any, config: Any) -> tuple[torch.Tensor, float]:

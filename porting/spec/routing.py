@@ -74,7 +74,7 @@ def _equal(weights: torch.Tensor, inside: torch.Tensor) -> bool:
 
 def open_experts(ranked: torch.Tensor, groups: int, opened: int, group_score: str) -> torch.Tensor:
     """Which experts are in one of the best groups: (token, expert)."""
-    by_group = ranked.unflatten(-1, (groups, -1))
+    by_group = ranked.reshape(*ranked.shape[:-1], groups, -1)
     best = by_group.amax(-1) if group_score == "max" else by_group.topk(2, -1).values.sum(-1)
     mask = torch.zeros_like(best, dtype=torch.bool).scatter(1, best.topk(opened, -1).indices, True)
     return mask.unsqueeze(-1).expand_as(by_group).flatten(1)
