@@ -92,7 +92,8 @@ def compile_port(
             warn(text)
         for tag, words in report.compiler_args.items():
             say(f"{tag}: {words}")
-        print_table("", ("artifact", "bytes"), list(report.artifacts.items()))
+        if report.artifacts:
+            print_table("", ("artifact", "bytes"), list(report.artifacts.items()))
         for problem in report.known_problems:
             say(f"known problem: {problem['title']} ('sleuth kb show {problem['entry']}'): {problem['seen']}", "yellow")
         if not success:

@@ -104,6 +104,7 @@ def test_lists_with_an_entry_per_layer_are_cut_too(checkpoint: Path, tmp_path: P
         ([5, 5, 5, 5], "the same token 4 times"),
         ([9, 8, 1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 3], "the last 3 tokens are repeated 4 times"),
         ([4, 7, *[3] * 12], "the last 1 tokens are repeated 12 times"),
+        ([9, 9, 44, 44, 44, 44, 44, 44, 44, 2], "the last 1 tokens are repeated 7 times"),
         ([1, 3, 4, 5, 6, 7, 8], ""),
         ([1, 5, 5, 5, 6], ""),
     ],

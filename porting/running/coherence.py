@@ -22,11 +22,14 @@ def incoherence(tokens: Sequence[int], *, special: frozenset[int] = frozenset(),
     """
     if not tokens or all(token in special for token in tokens):
         return "the answer is empty: the first token is a special one" if tokens else "the answer is empty"
+    tokens = list(tokens)
+    while tokens[-1] in special:
+        tokens.pop()
     if len(set(tokens)) == 1 and len(tokens) >= _TIMES:
         return f"the same token {len(tokens)} times"
     for period in range(1, _LONGEST_PERIOD + 1):
         times = _repeats(tokens, period)
-        if times >= _TIMES and times * period >= min(_LEAST, len(tokens)):
+        if times >= _TIMES and times * period >= min(_LEAST, len(tokens) // 2 + 1):
             return f"the last {period} tokens are repeated {times} times"
     if len(tokens) >= 2 * _LONGEST_PERIOD and len(Counter(tokens)) < _DISTINCT * len(tokens):
         return f"{len(Counter(tokens))} different tokens among {len(tokens)}"
