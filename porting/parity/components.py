@@ -14,7 +14,6 @@ _WEIGHTS = "the port returns no attention weights"
 _CHOICES = "chosen experts and weights; the port is compared by scores and by the block's output"
 #: Routers return up to this many tensors.
 _ROUTER_OUTPUTS = 5
-_LOGITS = "the port scales or bounds logits in its projection"
 
 
 def component_mapping(spec: Architecture, n_layers: int, recorded: Collection[tuple[str, str]]) -> dict[str, Any]:
@@ -51,8 +50,10 @@ def _pairs(spec: Architecture, n_layers: int) -> Iterator[tuple[str, str, str]]:
         module = spec.embedding.positions.module
         yield module, module.rpartition(".")[2], "learned positions"
     yield head.norm_module, "norm", "the final norm"
-    changed = head.scale is not None or head.softcap is not None
-    yield (head.module, "", _LOGITS) if changed else (head.module, "lm_head", "the projection to logits")
+    if head.scale is not None or head.softcap is not None:
+        yield head.module, "", "the port scales or bounds logits in its projection: they are compared as logits"
+    elif head.module.rpartition(".")[2] != "lm_head":
+        yield head.module, "", "the port projects the last position only: it is compared as logits"
     for layer in range(n_layers):
         source, target = f"{spec.layer.path}.{layer}", f"layers.{layer}"
         yield source, target, "the layer"

@@ -39,7 +39,7 @@ from .components import component_mapping_text, parts_of_experts
 TOLERANCE = 1e-5
 REFERENCE, BASELINE = "fp32", "bf16"
 _DECODED = 8
-_PROMPTS = (5, 9, 12, 14)
+_PROMPTS = (5, 9, 12, 14, 17, 19, 22, 25, 27, 30)
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ class AttentionAnalysis:
         for call in linears:
             if call.output.shape[-1] != width + 2 * kv_width:
                 continue
-            plain = torch.split(call.output, (width, kv_width, kv_width), -1)  # type: ignore[no-untyped-call]
+            plain = torch.split(call.output, [width, kv_width, kv_width], -1)
             cut = tuple(self._heads_of(x, n) for x, n in zip(plain, (heads, kv_heads, kv_heads), strict=True))
             if self._equal(cut[2], kv_values):
                 return self._found("plain", (call,), cut)
