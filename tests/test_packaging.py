@@ -98,6 +98,7 @@ def test_a_wheel_holds_every_package_the_sql_files_and_the_type_marker(tmp_path:
     }
     assert expected - shipped == set()
     assert "tensorsleuth/py.typed" in shipped
+    assert "tensorsleuth/porting/lint/releases.json.xz" in shipped
     assert "tensorsleuth/references/norms.md" in shipped
     assert "tensorsleuth/examples/tiny-llama/config.json" in shipped
     assert not any(name.startswith(("tensorsleuth/tests", "tensorsleuth/benchmarks", "tests/")) for name in shipped)

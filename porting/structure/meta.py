@@ -94,6 +94,8 @@ def port_classes(port: str, config: str = "") -> tuple[Any, Any]:
         return model_class, model_class.get_config_cls()
     except (NotImplementedError, AttributeError) as error:
         raise InputError(f"{port} names no configuration class; give --config FILE:CLASS") from error
+    except Exception as error:
+        raise InputError(f"get_config_cls of {port} fails: {type(error).__name__}: {error}") from error
 
 
 def port_config(
