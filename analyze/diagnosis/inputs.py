@@ -95,12 +95,12 @@ AnySource = TypeVar("AnySource", bound=Source)
 
 
 def earlier(scene: Scene, width: int | None = None) -> list[SiteInfo]:
-    """Outputs of the reference before the suspect, the nearest first, each content once."""
+    """Sites of the reference before the suspect, the nearest first, each content once; inputs of modules count too."""
     found: dict[str, SiteInfo] = {}
     before = [
         info
         for info in scene.runs.sites.values()
-        if info.exec_order < scene.info.exec_order and info.positioned and info.site.port == "output"
+        if info.exec_order < scene.info.exec_order and info.positioned and info.site.port in ("output", "input")
     ]
     for info in sorted(before, key=lambda info: -info.exec_order):
         if width in (None, info.features) and info.features:

@@ -206,6 +206,9 @@ def _others(scene: Scene, law: Linear) -> Iterator[tuple[str, FloatArray]]:
         if name != module or module.rpartition(".")[2] != leaf or module == scene.site.module or inputs is None:
             continue
         x, y = view.rows(inputs.site), view.rows(info.site)
+        bias = scene.runs.parameters.get((module, "bias"))
+        if y is not None and bias is not None and bias.shape == y.shape[1:]:
+            y = y - bias
         if x is None or y is None or (y.shape[1], x.shape[1]) != law.weight.shape:
             continue
         estimated = estimate(scene, x, y)
