@@ -14,6 +14,7 @@ from pathlib import Path
 from ..store.progress import Progress, no_progress
 from ..store.trace import Trace
 from .align import PromptPair
+from .batching import without_batch_sites
 from .component_mapping import read_component_mapping
 from .fingerprint import Sample
 from .mapping import account_for, in_dataflow_order, map_by_name, surroundings
@@ -68,6 +69,7 @@ def map_runs(
             for run, infos in ((runs[0], reference), (runs[2], target))
         ]
         mapping = apply_components(mapping, read_component_mapping(file), sides[0], sides[1])
+    mapping = without_batch_sites(trace, mapping, runs, reference, target)
     if prompts:
         mapping = _Completion(trace, runs, reference, target, prompts).complete(mapping, progress)
     return MappedRuns(mapping, reference, target)
