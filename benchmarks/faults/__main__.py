@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from tensorsleuth.capture.replicate import KINDS
+
 from . import nxdi_targets
 from .bench import Settings
 from .running import run_all, targets
@@ -33,6 +35,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--prompts", type=int, default=12, help="prompts per target")
     parser.add_argument("--outputs-only", action="store_true", help="record no inputs of modules")
+    parser.add_argument(
+        "--replicate", action="append", default=[], choices=KINDS, help="capture this replicate for the verdicts"
+    )
     parser.add_argument("--keep", type=Path, help="folder that keeps the traces of all targets that were missed")
     parser.add_argument("--json", type=Path, help="file for the results")
     default = Path(tempfile.gettempdir()) / "tensorsleuth-fault-benchmark"
@@ -46,7 +51,13 @@ def main() -> None:
     chosen = chosen[: arguments.sample]
     with tempfile.TemporaryDirectory(prefix="fault-benchmark-") as scratch:
         folder = arguments.keep or Path(scratch)
-        settings = Settings(arguments.cache, folder, not arguments.outputs_only, arguments.prompts)
+        settings = Settings(
+            arguments.cache,
+            folder,
+            inputs=not arguments.outputs_only,
+            n_prompts=arguments.prompts,
+            replicates=tuple(arguments.replicate),
+        )
 
         def after(faults: Sequence[Outcome], clean: Sequence[CleanOutcome]) -> None:
             if arguments.json is not None:

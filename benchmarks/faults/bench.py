@@ -25,6 +25,7 @@ from tensorsleuth.capture.generate import Generation
 from tensorsleuth.capture.hf import HuggingFaceCausalModel, ModelSource, checkpoint_fingerprint, quiet_transformers
 from tensorsleuth.capture.hf_run import HuggingFaceCapture, capture_hugging_face, run_recorded
 from tensorsleuth.capture.prompts import EncodedPrompt, PromptInput, teacher_prompts
+from tensorsleuth.capture.replicate import Replicate
 from tensorsleuth.capture.selection import Selection
 from tensorsleuth.store import Trace
 
@@ -55,6 +56,7 @@ class Settings:
         n_prompts: prompts.
         n_decode: decode steps.
         steps: optimiser steps of the checkpoints' training.
+        replicates: kinds of baseline replicates that verdicts rest on, see `capture.replicate`.
     """
 
     cache: Path
@@ -63,6 +65,7 @@ class Settings:
     n_prompts: int = 12
     n_decode: int = 4
     steps: int = STEPS
+    replicates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class Bench:
         recorder.SMALL_PARAMETER_BYTES = STORED_PARAMETER_BYTES
         kind = "both" if self.settings.inputs else "outputs"
         numbers = f"{self.settings.steps}-{self.settings.n_prompts}-{self.settings.n_decode}"
-        path = self.settings.scratch / f"{self.name}-{kind}-{numbers}"
+        path = self.settings.scratch / "-".join((self.name, kind, numbers, *self.settings.replicates))
         if not (path / "done").exists():
             shutil.rmtree(path, ignore_errors=True)
             self._capture_references(Trace.create(path / "trace"))
@@ -145,16 +148,18 @@ class Bench:
             source, REFERENCE, "reference", prompts=texts, generation=generation, selection=self.selection
         )
         capture_hugging_face(trace, first)
-        second = HuggingFaceCapture(
-            source,
-            BASELINE,
-            "baseline",
-            "bfloat16",
-            teacher=REFERENCE,
-            generation=self.generation,
-            selection=self.selection,
-        )
-        capture_hugging_face(trace, second)
+        for kind in ("", *self.settings.replicates):
+            follower = HuggingFaceCapture(
+                source,
+                kind or BASELINE,
+                "baseline",
+                "bfloat16",
+                teacher=REFERENCE,
+                generation=self.generation,
+                selection=self.selection,
+                replicate=Replicate(kind) if kind else None,
+            )
+            capture_hugging_face(trace, follower)
 
     @cached_property
     def encoded(self) -> list[EncodedPrompt]:
@@ -208,10 +213,11 @@ class Bench:
             "checkpoint_fingerprint": checkpoint_fingerprint(ModelSource(self.checkpoint.folder)),
             "config": self.trace.manifest(REFERENCE).provenance["config"],
             "teacher": REFERENCE,
+            "generation": {"padding": (generation or self.generation).padding},
         }
         if run is not None:
             run(trace, model, self.encoded, {**facts, "chosen": self.selection})
-            return analyse(trace, {"capture": time.perf_counter() - started})
+            return analyse(trace, {"capture": time.perf_counter() - started}, self.settings.replicates)
         run_recorded(
             trace,
             model,
@@ -225,7 +231,7 @@ class Bench:
             selection=self.selection,
             facts=facts,
         )
-        return analyse(trace, {"capture": time.perf_counter() - started})
+        return analyse(trace, {"capture": time.perf_counter() - started}, self.settings.replicates)
 
     def folder(self, name: str) -> Path:
         """Where the trace of a target lies."""
@@ -247,7 +253,7 @@ def _link_shards(source: str, target: str) -> str:
     return str(shutil.copy2(source, target))
 
 
-def analyse(trace: Trace, seconds: dict[str, float]) -> Report:
+def analyse(trace: Trace, seconds: dict[str, float], replicates: tuple[str, ...] = ()) -> Report:
     """Compare, localise and diagnose the target of a trace."""
     from tensorsleuth.analyze.diagnosis.examination import diagnose
     from tensorsleuth.analyze.localization.suspects import suspects
@@ -264,7 +270,8 @@ def analyse(trace: Trace, seconds: dict[str, float]) -> Report:
         finally:
             seconds[name] = time.perf_counter() - started
 
-    summary = stage("compare", lambda: compare(trace, ComparisonRequest(REFERENCE, TARGET, BASELINE)), None)
+    request = ComparisonRequest(REFERENCE, TARGET, BASELINE, replicates=replicates)
+    summary = stage("compare", lambda: compare(trace, request), None)
     if summary is None:
         return Report("crash", (), (), (), errors, seconds, str(trace.path))
     found = stage("localize", lambda: suspects(trace, TARGET), ())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-#: By the benchmark's own words for a cause: names that a diagnosis may use. More than one name where several are true:
-#: a missing all-reduce of two equal parts is also a wrong factor, a lost gain is another weight.
+#: By the benchmark's own words for a cause: names that a diagnosis may use. More than one where several are true: an
+#: all-reduce that is done twice on two ranks is a factor of two, and a run that does not know of ranks shows no more.
 _NAMES = {
     "attention scale": "attention_scale",
     "softmax precision": "softmax_low_precision",
@@ -58,7 +58,7 @@ _NAMES = {
     "missing residual": "missing_residual",
     "residual multiplier": "residual_multiplier",
     "missing all-reduce": "missing_all_reduce",
-    "doubled all-reduce": "doubled_all_reduce",
+    "doubled all-reduce": "doubled_all_reduce multiplier",
     "infinite": "overflow nonfinite",
     "nan": "nonfinite",
 }

@@ -125,7 +125,7 @@ def examine(bench: Bench, fault: Fault | None, severity: Severity, ranks: int, n
         )
     finally:
         shutil.rmtree(checkpoint, ignore_errors=True)
-    return analyse(trace, {"capture": time.perf_counter() - started})
+    return analyse(trace, {"capture": time.perf_counter() - started}, bench.settings.replicates)
 
 
 def _break(bench: Bench, fault: Fault | None, severity: Severity, folder: Path) -> None:
