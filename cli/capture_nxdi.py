@@ -44,7 +44,8 @@ def capture_nxdi(
     ] = "",
     cpu: Annotated[bool, typer.Option("--cpu", help="Run the NxD Inference sources on this CPU.")] = False,
     compiled: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Run a model compiled with tensor capture on a Neuron device.")
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Run a model compiled with tensor capture on a Neuron device; once per pass."),
     ] = None,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel degree: one process per rank.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
@@ -74,7 +75,7 @@ def capture_nxdi(
     json: Json = False,
 ) -> None:
     """Run an NxD Inference port and record every rank: on a CPU, or compiled on a Neuron device."""
-    if cpu == (compiled is not None):
+    if cpu == bool(compiled):
         raise InputError("say where the port runs: --cpu, or --compiled DIR on a Neuron device")
     options = dict(neuron_option(text) for text in neuron or ())
 
@@ -107,12 +108,12 @@ def capture_nxdi(
     if plan:
         from ..capture.nxdi.planning import plan_on_cpu
 
-        if compiled is not None:
+        if compiled:
             raise InputError("--plan predicts captures on a CPU; give --cpu")
         print_plan(plan_on_cpu(opened, request), json)
         return
     with progress(f"capture {run}") as update:
-        if compiled is None:
+        if not compiled:
             summary = capture_on_cpu(opened, request, progress=update)
         else:
             from ..capture.nxdi.device_run import capture_on_device

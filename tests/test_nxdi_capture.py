@@ -218,6 +218,91 @@ def test_the_librarys_own_capture_agrees_bit_for_bit(recorded: Trace, llama: Pat
     assert any("self_attn: replaced by" in note for note in recorded.manifest("library").provenance["notes"])
 
 
+#: Compile passes as a device runs them, but for the device: the library's own capture on a CPU, a folder a pass.
+PASSES = """
+import dataclasses, json, sys, tempfile
+from contextlib import ExitStack
+from pathlib import Path
+import torch
+from tensorsleuth.capture.generate import Generation
+from tensorsleuth.capture.nxdi.application import CpuSettings, build_application, build_config
+from tensorsleuth.capture.nxdi.captured import library_capture
+from tensorsleuth.capture.nxdi.device_plan import ON_DEVICE_SAMPLING, plan_device_capture
+from tensorsleuth.capture.nxdi.device_run import CompiledPasses, dims_by_name
+from tensorsleuth.capture.nxdi.passes import record_passes
+from tensorsleuth.capture.nxdi.port import activate, load_class, parse_class
+from tensorsleuth.capture.prompts import EncodedPrompt
+from tensorsleuth.capture.selection import Selection
+from tensorsleuth.store import Trace
+from tensorsleuth.store.run_writer import RunWriter
+
+trace, path, budget = Trace.open(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[4])
+activate()
+store = f"file://{tempfile.mkdtemp()}/f"
+torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+port = load_class(parse_class(sys.argv[3]))
+settings = CpuSettings(torch.bfloat16, 1, 2, 64, ON_DEVICE_SAMPLING)
+application = build_application(port, build_config(port, port.get_config_cls(), path, settings), path, 0, 1)
+model = application.models[0].model
+plan = plan_device_capture({n: type(m).__name__ for n, m in model.named_modules()}, Selection(), budget=budget)
+stack = ExitStack()
+
+class Compiled:
+    def __init__(self, folder):
+        self._number = int(Path(folder).name)
+
+    def load(self, folder):
+        stack.close()
+        stack.enter_context(library_capture(model, plan.passes[self._number]))
+        self.neuron_config = model.neuron_config
+
+    def __call__(self, *arguments, **options):
+        return application(*arguments, **options)
+
+    def reset(self):
+        application.reset()
+
+folders = [Path(str(number)) for number in range(len(plan.passes))]
+loaded = CompiledPasses(Compiled, folders, 0)
+like = trace.manifest("hooks")
+lengths = {p.prompt: p.n_tokens for p in like.prompts}
+prompts = [EncodedPrompt(str(t.prompt), None, t.token_ids[:lengths[t.prompt]], t.token_ids[lengths[t.prompt]:])
+           for t in like.tokens]
+manifest = trace.begin_run(dataclasses.replace(like, run="joined", ordinal=0, tokens=(), status="running"))
+tokens = []
+writer = RunWriter(trace.run_folder("joined"), "joined", manifest=manifest.to_json)
+with torch.no_grad():
+    facts = record_passes(loaded, prompts, Generation(padding="right", batch_size=2), writer, dims_by_name(1),
+                          tokens=tokens)
+writer.close()
+trace.finish_run(dataclasses.replace(manifest, status="complete", tokens=tuple(tokens), provenance=facts))
+print(json.dumps([len(plan.passes), loaded.modules]))
+"""
+
+
+def test_several_compile_passes_join_into_one_run_with_the_coverage_of_all(recorded: Trace, llama: Path) -> None:
+    for run, options in (("hooks", {}), ("library", {"library_capture": True})):
+        if run not in recorded.run_names():
+            capture(recorded, llama, run, tp=1, dtype="bfloat16", **options)
+    command = [sys.executable, "-c", PASSES, str(recorded.path), str(llama), LLAMA, "9"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    n_passes, modules = json.loads(done.stdout.strip().splitlines()[-1])
+    facts = recorded.manifest("joined").provenance
+    assert n_passes == len(facts["passes"]) > 3
+    assert all(part["logits"]["identical"] for part in facts["passes"])
+    joined, whole = values(recorded, "joined"), values(recorded, "library")
+    assert {site[0] for site in joined} == {site[0] for site in whole} == set(modules)
+    for site, tensors in joined.items():
+        assert tensors.keys() == whole[site].keys(), site
+        assert all(np.array_equal(tensors[place], whole[site][place]) for place in tensors), site
+    orders = recorded.query(
+        "SELECT module, count(DISTINCT exec_order) AS n FROM tensors WHERE run = 'joined' GROUP BY module"
+    ).to_pylist()
+    assert {row["n"] for row in orders} == {1}
+    assert verify(recorded).problems == ()
+
+
 def test_experts_are_summed_over_ranks_and_the_router_is_kept(tmp_path: Path) -> None:
     config = Qwen3MoeConfig(
         **_SIZES,

@@ -19,7 +19,7 @@ from tensorsleuth.capture.nxdi.adapter import NxdiCausalModel
 from tensorsleuth.capture.nxdi.application import check_keys, loaded_by_another_name
 from tensorsleuth.capture.nxdi.captured import CapturedTensorHook
 from tensorsleuth.capture.nxdi.device_plan import plan_device_capture
-from tensorsleuth.capture.nxdi.device_run import compiled_pass, dims_by_name
+from tensorsleuth.capture.nxdi.device_run import CompiledPasses, compiled_pass, dims_by_name
 from tensorsleuth.capture.nxdi.job import RankJob
 from tensorsleuth.capture.nxdi.port import load_class, parse_class
 from tensorsleuth.capture.nxdi.ranks import RankGroup
@@ -52,6 +52,27 @@ MODULES = {
     "lm_head": "ColumnParallelLinear",
 }
 PREFILL = StepLayout("prefill", 0, 2, 8, (Row(0, 0, 0, 5, 0), Row(1, 1, 0, 3, 0)))
+
+
+@pytest.mark.parametrize("name", ["torch_dtype", "tp_degree", "batch_size", "max_context_length"])
+def test_compile_passes_that_differ_in_more_than_their_sites_are_refused(name: str, tmp_path: Path) -> None:
+    class Compiled:
+        def __init__(self, folder: str) -> None:
+            self.neuron_config = SimpleNamespace(
+                tensor_capture_config=SimpleNamespace(modules_to_capture=["norm"], capture_inputs=False),
+                on_device_sampling_config=object(), torch_dtype=torch.bfloat16, tp_degree=2, batch_size=1,
+                max_context_length=64, is_continuous_batching=False,
+            )  # fmt: skip
+            if folder.endswith("second"):
+                setattr(self.neuron_config, name, "another")
+
+        def load(self, folder: str) -> None:
+            pass
+
+    passes = iter(CompiledPasses(Compiled, [tmp_path / "first", tmp_path / "second"], 0))
+    next(passes)
+    with pytest.raises(InputError, match=f"second was compiled with {name}=another"):
+        next(passes)
 
 
 def test_globs_become_exact_names_and_broken_choices_working_ones() -> None:

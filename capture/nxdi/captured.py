@@ -38,6 +38,8 @@ class CapturedTensorHook:
         *,
         rank: int = 0,
         positions: range | None = None,
+        first_order: int = 0,
+        stored: frozenset[tuple[str, str]] = frozenset(),
     ) -> None:
         """Prepare to store.
 
@@ -47,7 +49,10 @@ class CapturedTensorHook:
             dims_of: their dims.
             rank: which rank's part the tensors are.
             positions: keep only these token positions.
+            first_order: place in execution order of the first captured tensor.
+            stored: modules and ports that an earlier compile pass of the run has stored.
         """
+        self._first_order, self._stored = first_order, stored
         self._slots, self._writer, self._dims_of = tuple(slots), writer, dims_of
         self._rank, self._positions = rank, positions
         self._layout: StepLayout | None = None
@@ -90,11 +95,13 @@ class CapturedTensorHook:
             manual = order - len(self._slots)
             module, port = self._slots[order] if manual < 0 else (MANUAL, "output")
             slot = "" if manual < 0 else str(manual)
+            if (module, port) in self._stored:
+                continue
             if (reason := _placeholder(tensor, by_hand=manual >= 0)) is not None:
                 if reason:
                     self.skipped[site_name(module, port, slot)] = reason
                 continue
-            self._store(order, module, port, slot, tensor, layout)
+            self._store(self._first_order + order, module, port, slot, tensor, layout)
 
     def _store(self, order: int, module: str, port: str, slot: str, tensor: torch.Tensor, layout: StepLayout) -> None:
         try:

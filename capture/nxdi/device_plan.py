@@ -66,7 +66,7 @@ class DevicePlan:
     """All compilations of a capture.
 
     Attributes:
-        passes: they differ in `modules`; the runs of one capture are one per pass.
+        passes: they differ in `modules`; `passes.record_passes` joins them into one run.
         notes: choices that were replaced, with the reason.
     """
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,15 @@ from ...store.manifest import Module, Prompt, PromptTokens, RunManifest
 from ...store.progress import Progress, no_progress
 from ...store.run_writer import RunWriter
 from ...store.trace import Trace
-from ..drive import run_prompts
 from ..hf import ModelSource, checkpoint_fingerprint, load_config, quiet_transformers, stop_tokens
 from ..hf_run import CaptureSummary, HuggingFaceCapture, prepare_prompts, selection_facts
 from ..layout import StepLayout, infer_dims
+from ..prompts import EncodedPrompt
 from ..provenance import environment
 from .adapter import NxdiCausalModel
 from .captured import CapturedTensorHook
 from .device_plan import DevicePass
+from .passes import Opened, record_passes
 from .port import activate, load_class, parse_class
 from .run import NxdiCapture
 
@@ -36,23 +40,26 @@ _SHARDED = frozenset({"q_proj", "k_proj", "v_proj", "Wqkv", "gate_proj", "up_pro
 
 
 def capture_on_device(
-    trace: Trace, capture: NxdiCapture, compiled: Path, *, progress: Progress = no_progress
+    trace: Trace, capture: NxdiCapture, compiled: Sequence[Path], *, progress: Progress = no_progress
 ) -> CaptureSummary:
     """Run a compiled port on the Neuron device of this machine and record what it captures.
 
     Args:
         trace: the trace that receives the run.
         capture: what to do; its selection can only narrow what was compiled in.
-        compiled: folder that the port was compiled into, with tensor capture in its configuration.
+        compiled: folders that the port was compiled into, with tensor capture in its configuration: one for every pass
+            of a device plan. They are run one after the other, on the same tokens, into one run.
         progress: called with a stage, steps done and steps in all.
 
     Raises:
-        InputError: there is no Neuron SDK or device, or the model was compiled without tensor capture.
+        InputError: there is no Neuron SDK or device, a model was compiled without tensor capture, or two of them
+            differ in batch, length, dtype or ranks.
         SleuthError: values could not be written.
     """
     found = find_environment()
     require_sources(found)
-    require_device(found, compiled)
+    for folder in compiled:
+        require_device(found, folder)
     quiet_transformers()
     activate(found)
     source = ModelSource(capture.model)
@@ -66,44 +73,15 @@ def capture_on_device(
     )
     generation = replace(capture.generation, stop_tokens=stop_tokens(config), padding="right")
     progress("load", 0, 1)
-    application = load_class(parse_class(capture.port))(str(compiled))
-    application.load(str(compiled))
-    neuron = application.neuron_config
-    compiled_in = compiled_pass(neuron)
-    facts = environment()
-    facts.update(
-        checkpoint_fingerprint=checkpoint_fingerprint(source),
-        teacher=capture.teacher,
-        port=capture.port,
-        compiled=str(compiled),
-        captured_ranks=[0],
-        modules_to_capture=list(compiled_in.modules),
-        selection=selection_facts(capture.selection),
-        observer_effect={"checked": False},
-        note="captured by the compiled graph; with tensor parallelism only rank 0's part is returned",
-    )
-    manifest = trace.begin_run(
-        RunManifest(
-            ordinal=0,
-            run=capture.run,
-            role=capture.role,
-            stack="nxdi",
-            model=str(capture.model),
-            dtype=str(neuron.torch_dtype).removeprefix("torch."),
-            device="neuron",
-            tp=int(neuron.tp_degree),
-            status="running",
-            created_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"),
-            provenance=facts,
-            prompts=tuple(Prompt(index, p.id, p.text, len(p.token_ids)) for index, p in enumerate(prompts)),
-        )
-    )
+    loaded = CompiledPasses(load_class(parse_class(capture.port)), compiled, generation.pad_token)
+    manifest = trace.begin_run(_manifest(capture, source, loaded.neuron, compiled, prompts))
+    facts = dict(manifest.provenance)
     tokens: list[PromptTokens] = []
     started = time.perf_counter()
 
     def current(status: str = "running") -> RunManifest:
         return replace(
-            manifest, status=status, provenance=dict(facts), tokens=tuple(tokens), modules=_modules(compiled_in)
+            manifest, status=status, provenance=dict(facts), tokens=tuple(tokens), modules=_modules(loaded.modules)
         )
 
     writer = RunWriter(
@@ -112,26 +90,18 @@ def capture_on_device(
         statistics_only=capture.statistics_only,
         manifest=lambda: current().to_json(),
     )
-    hook = CapturedTensorHook(
-        compiled_in.slots(), writer, dims_by_name(int(neuron.tp_degree)), positions=capture.selection.positions
-    )
-    drive = NxdiCausalModel(
-        application,
-        batch=int(neuron.batch_size),
-        length=int(neuron.max_context_length),
-        pad_token=generation.pad_token,
-        one_by_one=bool(neuron.is_continuous_batching),
-        recorders=(hook,),
-        options={"tensor_capture_hook": hook},
-    )
+    dims_of = dims_by_name(int(loaded.neuron.tp_degree))
     status = "failed"
     try:
         with torch.no_grad():
-            run_prompts(drive, prompts, generation, drive.step, tokens=tokens, progress=progress)
+            facts |= record_passes(
+                loaded, prompts, generation, writer, dims_of, tokens=tokens, positions=capture.selection.positions,
+                progress=progress,
+            )  # fmt: skip
         status = "complete"
     finally:
         writer.close()
-        facts["skipped"], facts["captured"] = dict(hook.skipped), dataclasses.asdict(writer.totals)
+        facts["captured"] = dataclasses.asdict(writer.totals)
         trace.finish_run(current(status))
     return CaptureSummary(
         run=capture.run,
@@ -142,6 +112,105 @@ def capture_on_device(
         observer=facts["observer_effect"],
         skipped=facts["skipped"],
     )
+
+
+def _manifest(
+    capture: NxdiCapture, source: ModelSource, neuron: Any, compiled: Sequence[Path], prompts: Sequence[EncodedPrompt]
+) -> RunManifest:
+    facts = environment()
+    facts.update(
+        checkpoint_fingerprint=checkpoint_fingerprint(source),
+        teacher=capture.teacher,
+        port=capture.port,
+        compiled=[str(folder) for folder in compiled],
+        captured_ranks=[0],
+        selection=selection_facts(capture.selection),
+        observer_effect={"checked": False},
+        skipped={},
+        note="captured by the compiled graph; with tensor parallelism only rank 0's part is returned",
+    )
+    return RunManifest(
+        ordinal=0,
+        run=capture.run,
+        role=capture.role,
+        stack="nxdi",
+        model=str(capture.model),
+        dtype=str(neuron.torch_dtype).removeprefix("torch."),
+        device="neuron",
+        tp=int(neuron.tp_degree),
+        status="running",
+        created_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"),
+        provenance=facts,
+        prompts=tuple(Prompt(index, p.id, p.text, len(p.token_ids)) for index, p in enumerate(prompts)),
+    )
+
+
+class CompiledPasses:
+    """The compiled folders of one capture, loaded one at a time; iterate once.
+
+    Attributes:
+        neuron: NeuronConfig of the first.
+        modules: what is captured, over all that were loaded so far.
+    """
+
+    def __init__(self, port: Any, folders: Sequence[Path], pad_token: int) -> None:
+        """Load the first one.
+
+        Args:
+            port: class of the port's causal language model.
+            folders: compiled folders.
+            pad_token: token id at padding.
+
+        Raises:
+            InputError: it was compiled without tensor capture.
+        """
+        self._port, self._folders, self._pad_token = port, tuple(folders), pad_token
+        self._loaded: Any = self._load(self._folders[0])
+        self.neuron = self._loaded.neuron_config
+        self.modules = list(compiled_pass(self.neuron).modules)
+
+    def __iter__(self) -> Iterator[tuple[DevicePass, Opened]]:
+        """What each captures, and how it is opened.
+
+        Raises:
+            InputError: one was compiled without tensor capture, or otherwise than the first.
+        """
+        for folder in self._folders:
+            application, self._loaded = self._loaded or self._load(folder), None
+            part = compiled_pass(application.neuron_config)
+            _check_alike(self.neuron, application.neuron_config, folder)
+            self.modules = list(dict.fromkeys([*self.modules, *part.modules]))
+            yield part, partial(self._opened, application)
+            del application  # before the next is loaded: a device holds one
+
+    def _load(self, folder: Path) -> Any:
+        application = self._port(str(folder))
+        application.load(str(folder))
+        return application
+
+    @contextmanager
+    def _opened(self, application: Any, hook: CapturedTensorHook) -> Iterator[NxdiCausalModel]:
+        neuron = application.neuron_config
+        yield NxdiCausalModel(
+            application,
+            batch=int(neuron.batch_size),
+            length=int(neuron.max_context_length),
+            pad_token=self._pad_token,
+            one_by_one=bool(neuron.is_continuous_batching),
+            recorders=(hook,),
+            options={"tensor_capture_hook": hook},
+        )
+
+
+def _check_alike(first: Any, other: Any, folder: Path) -> None:
+    """Passes of one run differ in what they capture, and in nothing else that shows."""
+    for name in ("torch_dtype", "tp_degree", "batch_size", "max_context_length", "is_continuous_batching"):
+        wanted, given = getattr(first, name, None), getattr(other, name, None)
+        if wanted != given:
+            raise InputError(
+                f"{folder} was compiled with {name}={given}, the first pass with {wanted}; compile all passes of a "
+                "capture alike, or record them as runs of their own"
+            )
 
 
 def compiled_pass(neuron_config: Any) -> DevicePass:
@@ -186,8 +255,8 @@ def require_device(found: Environment, compiled: Path) -> None:
         raise InputError(f"{compiled} is no folder; name the folder that the port was compiled into")
 
 
-def _modules(compiled_in: DevicePass) -> tuple[Module, ...]:
+def _modules(paths: Sequence[str]) -> tuple[Module, ...]:
     return tuple(
         Module(path, "", path.rpartition(".")[0] or None, path.count(".") + 1, order, 0)
-        for order, path in enumerate(compiled_in.modules)
+        for order, path in enumerate(paths)
     )
