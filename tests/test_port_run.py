@@ -295,8 +295,13 @@ class Bad(Good):
 #: Runs in a process of its own, since the stand-in for the SDK is installed for good.
 SCRIPT = '''
 import json, sys
+from dataclasses import asdict
 from pathlib import Path
-from tensorsleuth.porting.running import session, worker
+import torch
+from tensorsleuth.capture.nxdi.application import CpuSettings
+from tensorsleuth.capture.nxdi.port import load_class, parse_class
+from tensorsleuth.porting.running import device_logits, session, validation, worker
+from tensorsleuth.porting.running.validation_config import ValidationConfig
 from tensorsleuth.porting.running.compiler import DirectModelCompiler
 from tensorsleuth.porting.running.configuration import CompilationConfig
 from tensorsleuth.porting.running.inference import run_inference_with_classes
@@ -334,12 +339,38 @@ for name, options in (("plain", {"dtype": "float32"}), ("restored", compiled)):
     answers[name] = run_inference_with_classes(
         good, config, model, prompt=[1, 5, 9], max_new_tokens=6, cpu_mode=True, **options)
 found["answers"] = answers
+
+
+class LoadedOnCpu:
+    """What a device would hold, built on the CPU: everything that drives it is the device's code."""
+
+    def __init__(self, port, compiled, *, pad_token=0):
+        from neuronx_distributed.parallel_layers import parallel_state
+        from tensorsleuth.capture.nxdi.adapter import NxdiCausalModel
+        from tensorsleuth.capture.nxdi.application import build_application, build_config
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        else:
+            rendezvous = f"file://{folder / 'rendezvous'}"
+            torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
+        port_class = load_class(parse_class(port))
+        configuration = build_config(port_class, config, model, CpuSettings(torch.bfloat16, 1, 1, 64))
+        self.application = build_application(port_class, configuration, model, 0, 1)
+        self.model = NxdiCausalModel(self.application, batch=1, length=64, pad_token=0, one_by_one=False)
+
+
+validation.DevicePort = device_logits.DevicePort = LoadedOnCpu
+asked = ValidationConfig(
+    f"{folder / 'modeling_port.py'}:Bad", f"{folder / 'modeling_port.py'}:Config", model,
+    compiled_model_path=folder / "cpu", num_tokens_to_check=5, prompts=((1, 5, 9), (1, 7, 3, 30)))
+(case,) = validation.validate(asked, validation.Plan(smoke=False), folder / "results-bad")
+found["bad"] = {"verdict": case.verdict, **asdict(case)}
 print(json.dumps(found, default=str))
 '''
 
 
 @needs_sources
-def test_a_port_is_built_compiled_as_far_as_there_is_an_sdk_and_answers(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_port_is_built_answers_and_is_validated_and_compiled_up_to_the_sdk(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "modeling_port.py").write_text(PORT)
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path), str(checkpoint)], capture_output=True, text=True, check=False
@@ -384,34 +415,33 @@ def test_a_port_is_built_compiled_as_far_as_there_is_an_sdk_and_answers(checkpoi
     assert metrics["input_tokens"] == 3
     assert metrics["tp_degree"] == 1
 
+    bad = found["bad"]
+    (stage,) = bad["stages"]
+    assert bad["verdict"] == stage["verdict"] == "fail"
+    assert stage["details"]["ran_free"] is True
+    assert stage["details"]["greedy_match"] < 0.5
+    assert stage["details"]["misses_explained_by_rounding"] < 1.0
+    assert any("sleuth logits" in note for note in bad["notes"])
+
 
 @needs_sources
-def test_a_correct_port_passes_validation_and_a_wrong_one_fails(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_correct_port_passes_validation(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "modeling_port.py").write_text(PORT)
-    base = {
+    body = {
+        "model_class": "modeling_port.py:Good",
         "config_class": "modeling_port.py:Config",
         "model_path": str(checkpoint),
         "num_tokens_to_check": 5,
         "prompts": [[1, 5, 9], [1, 7, 3, 30]],
-        "dtype": "bfloat16",
     }
-    codes = {}
-    for name in ("Good", "Bad"):
-        (file := tmp_path / f"{name}.json").write_text(json.dumps({**base, "model_class": f"modeling_port.py:{name}"}))
-        folder = tmp_path / f"results-{name}"
-        arguments = ["--config", str(file), "--cpu", "--accuracy-only", "--results-dir", str(folder), "--json"]
-        codes[name] = main(["port", "validate", *arguments])
-        (report,) = json.loads(capsys.readouterr().out)
-        (stage,) = report["stages"]
-        assert (folder / "validation_token_b1_s64.json").is_file()
-        assert Path(report["trace"]).is_dir()
-        if name == "Good":
-            assert stage["details"]["greedy_match"] == 1.0
-            assert stage["details"]["ran_free"] is False
-        else:
-            assert stage["details"]["greedy_match"] < 0.5
-            assert stage["details"]["misses_explained_by_rounding"] < 1.0
-            assert any("sleuth logits" in note for note in report["notes"])
-    assert codes == {"Good": 0, "Bad": 1}
+    (file := tmp_path / "validation_config.json").write_text(json.dumps(body))
+    folder = tmp_path / "results"
+    arguments = ["--config", str(file), "--cpu", "--accuracy-only", "--results-dir", str(folder), "--json"]
+    assert main(["port", "validate", *arguments]) == 0
+    (report,) = json.loads(capsys.readouterr().out)
+    (stage,) = report["stages"]
+    assert json.loads((folder / "validation_token_b1_s64.json").read_text())["verdict"] == "pass"
+    assert Path(report["trace"]).is_dir()
+    assert (stage["details"]["greedy_match"], stage["details"]["teacher_forced_match"]) == (1.0, 1.0)
+    assert stage["details"]["ran_free"] is False
+    assert stage["details"]["prompts"][1]["n_forced_positions"] == 5  # the last of prefill, then decode
