@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 from port_configurations import configuration
-from tensorsleuth.porting.generator.generate import generate, write_port
+from tensorsleuth.porting.generator.generate import generate, modeling_text, write_port
 from tensorsleuth.porting.parity.gate import QUICK, check_port
-from tensorsleuth.porting.spec.architecture import Number
+from tensorsleuth.porting.parity.mutation import mutants
+from tensorsleuth.porting.spec.architecture import Architecture, Number
 from tensorsleuth.porting.spec.extract import analyse_config
+from tensorsleuth.store import InputError
 
 pytestmark = pytest.mark.skipif(
     not (os.environ.get("NXDI_SRC") and os.environ.get("NXD_SRC")),
@@ -54,6 +56,29 @@ def test_a_port_computes_its_models_logits(name: str, errors: dict[str, list[flo
     prefill, decode = errors[name]
     assert prefill < 1e-5
     assert decode < 1e-5
+
+
+def test_mutants_differ_in_one_fact_that_the_port_shows() -> None:
+    architecture = analyse_config(configuration("qwen3"))
+    right = modeling_text(architecture)
+    found = {mutant.field: mutant for mutant in mutants(architecture)}
+    assert {
+        "attention.scale",
+        "attention.rotary.0.rotary.theta",
+        "attention.rotary.0.rotary.layout",
+        "attention.query_key_norm.norm.eps",
+        "layer.norms.input_layernorm.norm.kind",
+        "layer.nodes.post_attention_layernorm.terms.0",
+        "feed_forward.0.block.activation_name",
+    } <= found.keys()
+    assert all(_text_or_refusal(mutant.spec) != right for mutant in found.values())
+
+
+def _text_or_refusal(architecture: Architecture) -> str:
+    try:
+        return modeling_text(architecture)
+    except InputError as error:
+        return str(error)
 
 
 def test_the_gate_names_the_first_divergent_module(tmp_path: Path) -> None:

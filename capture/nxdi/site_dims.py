@@ -8,6 +8,7 @@ every rank in full, which the comparison of ranks checks.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -44,10 +45,15 @@ class SiteDims:
                 self._qkv[path] = self._kv_sharding(module)
         for path in modules:
             parent, _, leaf = path.rpartition(".")
-            if leaf in ("act_fn", "activation") and self._rules.get(f"{parent}.gate_proj", _Rule()).output:
+            if leaf in ("act_fn", "activation") and self._has_sharded_output(parent, modules):
                 self._rules[path] = _Rule("[tp]", "[tp]")
             if leaf in ("q_layernorm", "k_layernorm"):
                 self._heads.add(path)
+
+    def _has_sharded_output(self, parent: str, modules: Collection[str]) -> bool:
+        """Whether a projection beside an activation leaves every rank its own part, which the activation then takes."""
+        beside = (path for path in modules if path.rpartition(".")[0] == parent)
+        return any(self._rules.get(path, _Rule()).output == "[tp]" for path in beside)
 
     def parameter(self, path: str, tensor: torch.Tensor) -> str:
         """Dims of a parameter or buffer; empty for one that every rank holds in full."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from ..generator.conversion import block_names
 from ..generator.mixture_plan import target_of
 from ..spec.architecture import Architecture, FeedForward, MixtureOfExperts
+from ..spec.expressions import Expressions
 
 _WEIGHTS = "the port returns no attention weights"
 _CHOICES = "chosen experts and weights; the port is compared by scores and by the block's output"
@@ -16,30 +18,106 @@ _CHOICES = "chosen experts and weights; the port is compared by scores and by th
 _ROUTER_OUTPUTS = 5
 
 
-def component_mapping(spec: Architecture, n_layers: int, recorded: Collection[tuple[str, str]]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Sizes:
+    """Of the model that is compared, and the number of ranks: what ranges of features follow from."""
+
+    n_layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tp: int
+
+    @property
+    def repeats(self) -> int:
+        """How often the port holds every KV head, where it gives every query head its own."""
+        divides = self.kv_heads % self.tp == 0 or self.tp % self.kv_heads == 0
+        return 1 if divides else self.heads // self.kv_heads
+
+
+def sizes_of(spec: Architecture, config: Any, tp: int) -> Sizes:
+    """The sizes of a configuration."""
+    numbers = Expressions(config, config)
+    attention = spec.attention
+    found = [int(numbers.value(n.expression)) for n in (attention.heads, attention.kv_heads, attention.head_dim)]
+    return Sizes(int(config.num_hidden_layers), *found, tp)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A source, its target (empty for none), why, and ranges of features by side."""
+
+    source: str
+    target: str
+    reason: str
+    ranges: dict[str, list[list[int]]] | None = None
+
+
+def component_mapping(spec: Architecture, sizes: Sizes, recorded: Collection[tuple[str, str]]) -> dict[str, Any]:
     """A component mapping for a comparison of the model with its port.
 
     Args:
         spec: the architecture.
-        n_layers: layers of the model that was run.
+        sizes: of the model that was run.
         recorded: module and slot of every site that the reference has.
 
     Returns:
         The document of a component_mapping.json; entries whose source was not recorded are left out.
     """
     modules = {module for module, _ in recorded}
-    entries, reasons = [], []
-    for source, target, reason in _pairs(spec, n_layers):
-        module, bracket, rest = source.partition("[")
-        if (module, rest.rstrip("]")) in recorded if bracket else source in modules:
-            entries.append([[source.removesuffix("[]")], [target] if target else []])
-            reasons.append(reason)
-    return {"mapping_size": len(entries), "component_mapping": entries, "variables": {}, "reasoning": reasons}
+    entries, reasons, transforms = [], [], []
+    for entry in (*map(_plain, _pairs(spec, sizes.n_layers)), *_fused(spec, sizes)):
+        module, bracket, rest = entry.source.partition("[")
+        if (module, rest.rstrip("]")) in recorded if bracket else entry.source in modules:
+            entries.append([[entry.source.removesuffix("[]")], [entry.target] if entry.target else []])
+            reasons.append(entry.reason)
+            transforms.append(entry.ranges)
+    return {
+        "mapping_size": len(entries),
+        "component_mapping": entries,
+        "variables": {},
+        "reasoning": reasons,
+        "transforms": transforms,
+    }
 
 
-def component_mapping_text(spec: Architecture, n_layers: int, recorded: Collection[tuple[str, str]]) -> str:
+def component_mapping_text(spec: Architecture, sizes: Sizes, recorded: Collection[tuple[str, str]]) -> str:
     """The same as JSON."""
-    return json.dumps(component_mapping(spec, n_layers, recorded), indent=1)
+    return json.dumps(component_mapping(spec, sizes, recorded), indent=1)
+
+
+def _plain(pair: tuple[str, str, str]) -> _Entry:
+    return _Entry(*pair)
+
+
+def _fused(spec: Architecture, sizes: Sizes) -> Iterator[_Entry]:
+    """The parts of a fused projection: queries, keys and values."""
+    attention = spec.attention
+    if attention.layout not in ("plain", "grouped"):
+        return
+    size, group = sizes.head_dim, sizes.heads // sizes.kv_heads
+    if attention.layout == "plain":
+        first = [range(sizes.heads), *(range(start, start + sizes.kv_heads) for start in _starts(sizes))]
+    else:
+        step = group + 2
+        first = [
+            [j * step + i for j in range(sizes.kv_heads) for i in range(group)],
+            [j * step + group for j in range(sizes.kv_heads)],
+            [j * step + group + 1 for j in range(sizes.kv_heads)],
+        ]
+    for layer in range(sizes.n_layers):
+        source = f"{spec.layer.path}.{layer}.{attention.module}.{attention.projections[0]}"
+        for part, (name, heads) in enumerate(zip(("q_proj", "k_proj", "v_proj"), first, strict=True)):
+            ranges = {"reference": [[head * size, (head + 1) * size] for head in heads]}
+            if part and sizes.repeats > 1:
+                copies = range(0, sizes.heads, sizes.repeats)
+                ranges["target"] = [[head * size, (head + 1) * size] for head in copies]
+            target = f"layers.{layer}.{attention.module}.qkv_proj.{name}"
+            yield _Entry(source, target, "a part of the fused projection", ranges)
+
+
+def _starts(sizes: Sizes) -> tuple[int, int]:
+    return sizes.heads, sizes.heads + sizes.kv_heads
 
 
 def _pairs(spec: Architecture, n_layers: int) -> Iterator[tuple[str, str, str]]:
@@ -61,6 +139,7 @@ def _pairs(spec: Architecture, n_layers: int) -> Iterator[tuple[str, str, str]]:
             yield f"{source}.{named.name}", f"{target}.{named.name}", "a norm"
         attention = spec.attention.module
         yield f"{source}.{attention}[1]", "", _WEIGHTS
+        yield f"{source}[1]", "", _WEIGHTS
         yield f"{source}.{attention}.{spec.attention.output}", f"{target}.{attention}.o_proj", "the output projection"
         yield from _of_block(spec, source, target)
 
@@ -105,6 +184,8 @@ def _of_dense(block: FeedForward, source: str, target: str) -> Iterator[tuple[st
     else:
         target = f"{target}.mlp"
     names = block_names(block)
+    if block.activation_module not in ("", "act_fn"):
+        yield f"{source}.{block.activation_module}", f"{target}.act_fn", "its activation"
     yield f"{source}.{block.down}", f"{target}.{names[-1]}", "its output"
     if block.layout == "separate":
         if block.gate:

@@ -33,7 +33,7 @@ from ..generator.generate import Port, generate, write_port
 from ..spec.architecture import Architecture
 from ..spec.extract import analyse_model
 from ..spec.hostile import hostile_model
-from .components import component_mapping_text, parts_of_experts
+from .components import component_mapping_text, parts_of_experts, sizes_of
 
 #: Largest relative L2 distance of a site in FP32.
 TOLERANCE = 1e-5
@@ -204,11 +204,12 @@ def check_port(
             ),
         )
     recorded = {(info.site.module, info.site.slot) for info in sites_of(trace, REFERENCE)}
-    mapping = folder / "component_mapping.json"
-    mapping.write_text(component_mapping_text(architecture, model.config.num_hidden_layers, recorded))
     checks = []
     for number, setting in enumerate(settings):
         progress(setting.run, number + 2, steps)
+        mapping = folder / f"component_mapping-tp{setting.tp}.json"
+        sizes = sizes_of(architecture, model.config, setting.tp)
+        mapping.write_text(component_mapping_text(architecture, sizes, recorded))
         checks.append(_check(trace, checkpoint, port, mapping, setting, batch))
     return tuple(checks), trace.path
 

@@ -221,6 +221,7 @@ class FeedForward(Fact):
         up_bias: whether gate and up have biases.
         down_bias: whether the output has one.
         transposed: whether weights are stored input first (Conv1D).
+        activation_module: module of the activation; empty where a function is called.
     """
 
     module: str
@@ -236,6 +237,7 @@ class FeedForward(Fact):
     up_bias: bool
     down_bias: bool
     transposed: bool
+    activation_module: str = ""
 
 
 @dataclass(frozen=True)

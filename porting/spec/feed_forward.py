@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 from ...store.errors import InputError
 from .architecture import FeedForward, Number
 from .expressions import Expressions
+from .norms import is_norm
 from .observation import Call, Observation, source_line
 from .sources import Sources
 from .wiring import same
@@ -87,7 +88,17 @@ def analyse_feed_forward(
         up_bias=getattr(up.module, "bias", None) is not None,
         down_bias=getattr(down.module, "bias", None) is not None,
         transposed=type(down.module).__name__ == "Conv1D",
+        activation_module=_activation_module(seen, path),
     )
+
+
+def _activation_module(seen: Observation, path: str) -> str:
+    """The module of the block that has no weights and no parts: its activation."""
+    for call in seen.children(path):
+        empty = not list(call.module.children()) and not list(call.module.parameters())
+        if empty and not isinstance(call.module, (torch.nn.Dropout, torch.nn.Identity)) and not is_norm(call.module):
+            return str(call.path.removeprefix(f"{path}."))
+    return ""
 
 
 def width_of(numbers: Expressions, measured: int, where: str) -> Number:
