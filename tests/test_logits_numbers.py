@@ -13,8 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from scipy.stats import binom
 from tensorsleuth.analyze.logits.chance import count_limit, distance_spread, flip_odds
+from tensorsleuth.analyze.logits.criteria import Positions, evaluate
 from tensorsleuth.analyze.logits.distributions import Columns, Grid, measure_rows
+from tensorsleuth.analyze.logits.source import ComparedRuns
+from tensorsleuth.analyze.logits.table import judged_rows
 from tensorsleuth.analyze.triples import Triple
+from tensorsleuth.analyze.verdict import Thresholds
 
 Array = npt.NDArray[np.floating]
 BFLOAT16 = Grid.of("bfloat16")
@@ -224,3 +228,29 @@ def test_a_large_vocabulary_is_read_in_bounded_memory() -> None:
     tracemalloc.stop()
     assert len(found["kl"]) == 24
     assert peak < 160e6
+
+
+@pytest.mark.parametrize(("error", "most_failures"), [(1.0, 2), (2.0, None)])
+def test_clean_ports_rarely_fail_and_ports_with_twice_the_error_always_do(
+    error: float, most_failures: int | None
+) -> None:
+    """Logits of hidden states with an error that differs from position to position, as those of a network do."""
+    failures = 0
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        head = generator.standard_normal((32, 200)) / 6
+        hidden, scale = generator.standard_normal((96, 32)), np.exp(generator.normal(0.0, 0.8, (96, 1)))
+        r = 4 * hidden @ head
+        b, t = (
+            (r + size * 0.05 * scale * generator.standard_normal((96, 32)) @ head).astype(ml_dtypes.bfloat16)
+            for size in (1.0, error)
+        )
+        columns = rows(r.astype(np.float32), b, t) | {
+            "prompt": np.repeat(np.arange(3), 32),
+            "padding_wins": np.zeros(96),
+        }
+        runs = ComparedRuns("c", "r", "b", "t", Thresholds())
+        measured = judged_rows(columns, runs, "decode", 200, "bfloat16")
+        found = evaluate(Positions("all", measured, True, "bfloat16"), runs.thresholds)
+        failures += any(item.verdict == "fail" for item in found)
+    assert failures == 20 if most_failures is None else failures <= most_failures

@@ -25,6 +25,8 @@ from .distributions import Grid
 TAIL = 3.0
 #: A clean port exceeds a limit on counts or on the largest R with about this probability.
 CHANCE = 1e-3
+#: 99 % reach of log p95 + log p5 of n normal values, in standard deviations over the square root of n.
+_QUANTILE_ERROR = 7.0
 #: A flip over a distance of more standard deviations of the baseline's error is not rounding.
 FLIP_SIGMAS = 8.0
 #: Largest errors that NxD Inference's logit check allows among the 5, 50, 1000 likeliest tokens and all.
@@ -130,11 +132,17 @@ def r_limit(positions: Positions, thresholds: Thresholds) -> float:
     if len(log_r) < 3:
         return float("inf")
     middle = float(np.median(log_r))
-    below = log_r[log_r <= middle] - middle
-    spread = float(np.sqrt((below**2).mean()))
-    reach = float(student.ppf(1.0 - CHANCE / len(log_r), max(len(below) - 1, 1)))
+    reach = float(student.ppf(1.0 - CHANCE / len(log_r), max((len(log_r) - 1) // 2, 1)))
     centre = float(np.clip(middle, 0.0, np.log(thresholds.tau_r)))
-    return max(floor, float(np.exp(min(centre + reach * spread, 700.0))))
+    return max(floor, float(np.exp(min(centre + reach * _spread(log_r), 700.0))))
+
+
+def _spread(log_r: FloatArray) -> float:
+    """Standard deviation of the lower half, about the median."""
+    if not len(log_r):
+        return 0.0
+    middle = np.median(log_r)
+    return float(np.sqrt(((log_r[log_r <= middle] - middle) ** 2).mean()))
 
 
 def _log(ratios: FloatArray) -> FloatArray:
@@ -211,10 +219,13 @@ def _r_percentile(positions: Positions, tau_r: float) -> Criterion:
     if high is None:
         note = "both errors are 0 everywhere"
     elif not high < tau_r:
-        mirrored = bool(low) and high * (low or 0.0) < tau_r
-        verdict = PASS if mirrored else FAIL
-        if mirrored and low:
+        mirrored = high * low if low else float("inf")
+        log_r = _log(positions["r_ratio"])
+        doubt = float(np.exp(_QUANTILE_ERROR * _spread(log_r) / np.sqrt(max(len(log_r), 1))))
+        verdict = PASS if mirrored < tau_r else UNDECIDED if mirrored < tau_r * doubt else FAIL
+        if verdict != FAIL and low:
             note = f"two equally good runs scatter this much: 5th percentile {low:.3g}, mirrored {1.0 / low:.3g}"
+            note += "; too few positions to tell" if verdict == UNDECIDED else ""
     meaning = "R of a position, 95th percentile"
     return Criterion(positions.scope, "r_p95", meaning, True, high, "<", tau_r, 1.0, verdict, note)
 

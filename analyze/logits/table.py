@@ -63,9 +63,21 @@ def measured_rows(trace: Trace, runs: ComparedRuns, logits: AlignedLogits, progr
             parts.append(_of_prompt(aligned, padding, prompt, Grid.of(logits.dtype)))
             trace.release_pages()
             done += 1
-        rows = _as_table(joined(parts), runs, phase, logits.sites.vocabulary)
-        tables.append(_judged(rows, runs, logits.dtype))
+        tables.append(judged_rows(joined(parts), runs, phase, logits.sites.vocabulary, logits.dtype))
     return pa.concat_tables(tables)
+
+
+def judged_rows(columns: Columns, runs: ComparedRuns, phase: str, vocabulary: int, dtype: str) -> pa.Table:
+    """Rows of one phase from what `measure_rows` found at all of its positions.
+
+    Args:
+        columns: of all prompts, with `prompt` and `padding_wins`.
+        runs: the comparison.
+        phase: name of the phase.
+        vocabulary: number of tokens.
+        dtype: dtype that the target computes logits in.
+    """
+    return _judged(_as_table(columns, runs, phase, vocabulary), runs, dtype)
 
 
 def _of_prompt(aligned: AlignedSite, padding: AlignedSite | None, prompt: int, grid: Grid) -> Columns:
