@@ -67,6 +67,13 @@ def judge(trace: Trace, target: Array = T, **options: Any) -> LogitReport:
     return judge_logits(trace, "t", **options)
 
 
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, LogitReport]:
+    """A clean port, judged; for tests that only look."""
+    trace = Trace.create(tmp_path_factory.mktemp("clean") / "trace")
+    return trace, judge(trace)
+
+
 def criterion(report: LogitReport, name: str, scope: str = "all") -> Criterion:
     return next(item for item in report.criteria if (item.name, item.scope) == (name, scope))
 
@@ -75,8 +82,8 @@ def failing(report: LogitReport, scope: str = "all") -> set[str]:
     return {item.name for item in report.criteria if item.scope == scope and item.verdict == "fail"}
 
 
-def test_a_clean_port_passes_and_says_what_was_compared(trace: Trace) -> None:
-    report = judge(trace)
+def test_a_clean_port_passes_and_says_what_was_compared(clean: tuple[Trace, LogitReport]) -> None:
+    trace, report = clean
     assert (report.verdict, report.reasons) == ("pass", ())
     assert (report.reference_site, report.dtype, report.vocabulary) == ("lm_head", "bfloat16", WIDTH)
     rows = trace.query("SELECT count(*) AS n, count(DISTINCT (prompt, position)) AS places FROM logits").to_pylist()
@@ -85,8 +92,8 @@ def test_a_clean_port_passes_and_says_what_was_compared(trace: Trace) -> None:
     assert sum(item.compared for item in report.positions) == N
 
 
-def test_the_published_criteria_are_each_evaluated_with_value_and_limit(trace: Trace) -> None:
-    report = judge(trace)
+def test_the_published_criteria_are_each_evaluated_with_value_and_limit(clean: tuple[Trace, LogitReport]) -> None:
+    trace, report = clean
     found = trace.query("FROM logits ORDER BY prompt, position")
     expected = {
         "r_p95": (np.quantile(found["r_ratio"].to_numpy(), 0.95), "<", 1.2),
@@ -311,7 +318,9 @@ def free(change: int | None = None, keep: int | None = None) -> dict[int, list[i
 
 
 def test_a_free_run_is_held_against_the_reference_token_by_token(trace: Trace) -> None:
-    judge(trace)
+    references(trace)
+    add(trace, "t", tensors(T))
+    compare(trace, ComparisonRequest("r", "t", "b"))
     add(trace, "free", [], tokens=free(change=PROMPT + 6, keep=PROMPT + 20))
     report = judge_logits(trace, "t", greedy="free")
     first, second, third = report.greedy
@@ -330,8 +339,8 @@ def test_a_free_run_that_parts_early_is_undecided_where_the_logits_agree(trace: 
     assert criterion(report, "greedy_match").verdict == report.verdict == "undecided"
 
 
-def test_the_target_itself_counts_when_it_ran_free(trace: Trace) -> None:
-    report = judge(trace)
+def test_the_target_itself_counts_when_it_ran_free(clean: tuple[Trace, LogitReport]) -> None:
+    _, report = clean
     assert (report.greedy_run, criterion(report, "greedy_match").value) == ("t", 1.0)
 
 

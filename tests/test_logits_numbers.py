@@ -63,7 +63,7 @@ def plainly(reference: Array, other: Array) -> dict[str, Array]:
     }
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     arrays(np.float32, array_shapes(min_dims=2, max_dims=2, min_side=6, max_side=40),
            elements=st.floats(-30, 30, width=32)),
