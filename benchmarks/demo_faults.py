@@ -1,4 +1,4 @@
-"""Every bug of the demo's stand-in, planted and searched for: what is named first, and whether it is the right site.
+"""Every bug of the demo's stand-in, planted and searched for: the site and the cause named first.
 
 The FP32 reference and the BF16 baseline are captured once; each fault is captured and compared as `sleuth demo --fault`
 does it, and the clean port as `sleuth demo` does.
@@ -14,6 +14,7 @@ import tempfile
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from tensorsleuth.analyze.diagnosis import diagnose
 from tensorsleuth.capture.hf import quiet_transformers
 from tensorsleuth.cli.compare import first_divergence
 from tensorsleuth.examples.faults import FAULTS
@@ -49,10 +50,12 @@ def planted(trace: Trace, name: str) -> bool:
     ).to_pylist()[0]["r"]
     found = first["target_site"].partition("[")[0]
     right = fnmatchcase(found, fault.site) and first["phase"] == fault.phase and summary.verdict == "fail"
+    findings = diagnose(trace, name)
+    cause = f"{findings[0].cause} {findings[0].confidence:.2f}" if findings else "nothing to diagnose"
     context = f"before it at most {before:.3f}" if before else "nothing before it"
     print(
         f"{name:22}{summary.verdict:8} {first['target_site']:40}{first['phase']:9}R {first['r_ratio']:9.3g}  "
-        f"{context:26}{'ok' if right else 'WRONG: ' + fault.site}",
+        f"{context:26}{cause:28}{'ok' if right else 'WRONG: ' + fault.site}",
         flush=True,
     )
     return right

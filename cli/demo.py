@@ -11,6 +11,7 @@ import typer
 from ..store import InputError, Trace
 from .compare import first_divergence, print_comparison
 from .console import EXIT_CODES, Json, print_json, print_table, progress, say
+from .diagnose import print_finding
 
 _PLAN = """\
 A byte-level Llama, trained on English prose, runs three times on the same prompts and tokens:
@@ -32,7 +33,7 @@ def demo(
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier demo in DIR.")] = False,
     json: Json = False,
 ) -> None:
-    """Capture three runs of a small trained model, compare them and name the first divergent site."""
+    """Capture three runs of a small trained model, compare them, and name the first divergent site and its cause."""
     from ..examples.faults import FAULTS
 
     if list_faults:
@@ -48,6 +49,9 @@ def demo(
 
 
 def _run(path: Path, folder: Path, fault: str | None, json: bool) -> None:
+    from dataclasses import asdict
+
+    from ..analyze.diagnosis import diagnose
     from ..analyze.plots import plot_layers, plot_qq
     from ..capture.hf import quiet_transformers
     from ..examples.walkthrough import capture_references, capture_target, compare_target
@@ -61,15 +65,21 @@ def _run(path: Path, folder: Path, fault: str | None, json: bool) -> None:
         capture_references(trace, progress=update)
         capture_target(trace, fault=fault, progress=update)
         summary = compare_target(trace, progress=update)
+        findings = diagnose(trace, summary.comparison, progress=update) if summary.verdict == "fail" else []
     first = first_divergence(trace, summary.comparison)
     pictures = [folder / "layers.png", folder / "qq.png"]
     plot_layers(trace, summary.comparison, pictures[0])
     site = (first["site"], first["phase"]) if first else None
     plot_qq(trace, summary.comparison, pictures[1], site=site)
     if json:
-        print_json({**summary.__dict__, "first_divergence": first, "trace": path, "plots": pictures})
+        causes = [asdict(finding) for finding in findings]
+        print_json(
+            {**summary.__dict__, "first_divergence": first, "findings": causes, "trace": path, "plots": pictures}
+        )
     else:
         print_comparison(trace, summary, first)
+        for finding in findings:
+            print_finding(finding)
         say(f"trace: {path}   plots: {', '.join(map(str, pictures))}")
         say(f"ask it more: sleuth sql {path} 'FROM layer_profile'")
     raise typer.Exit(EXIT_CODES[summary.verdict])

@@ -35,7 +35,7 @@ def diagnose(
         print_json({"comparison": comparison, "verdict": verdict, "findings": [asdict(item) for item in findings]})
     else:
         for finding in findings:
-            _print(finding)
+            print_finding(finding)
         if not findings:
             say(f"{comparison}: no suspect site; {_NOTHING[verdict]}", "green" if verdict == "pass" else "yellow")
     raise typer.Exit(EXIT_CODES[verdict])
@@ -55,7 +55,8 @@ def _verdict(trace: Trace, comparison: str, findings: list[Finding]) -> str:
     return str(rows[0]["verdict"])
 
 
-def _print(finding: Finding) -> None:
+def print_finding(finding: Finding) -> None:
+    """Print a finding: what, where, the evidence, what to do and where to look."""
     evidence = finding.evidence
     where = f"{finding.site} ({finding.phase}), in the target {finding.target_site}"
     sure = f", confidence {finding.confidence:.2f}" if finding.is_named else ""
