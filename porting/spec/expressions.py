@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from ...store.errors import InputError
 from .architecture import Number
 
 _TOLERANCE = 1e-5
@@ -44,7 +45,10 @@ class Expressions:
 
     def number(self, expression: str) -> Number:
         """An expression as a number of the full configuration."""
-        return Number(expression, self.value(expression))
+        value = self.value(expression)
+        if not _is_number(value):
+            raise InputError(f"unsupported: {expression} is {value!r}, which is no number")
+        return Number(expression, value)
 
     def find(self, measured: float, prefer: Sequence[str] = (), *, only: bool = False) -> Number | None:
         """The expression with a measured value in the small configuration, None when there is none.
@@ -67,10 +71,10 @@ class Expressions:
     def _is(self, expression: str, measured: float) -> bool:
         try:
             value = self.value(expression, self.small)
-            self.value(expression)
+            full = self.value(expression)
         except (AttributeError, TypeError, ZeroDivisionError, KeyError, OverflowError, ValueError):
             return False
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not _is_number(value) or not _is_number(full):
             return False
         return math.isclose(value, measured, rel_tol=_TOLERANCE)
 
@@ -87,6 +91,10 @@ class Expressions:
             if getattr(self.small, key, None) == value and key in self.keys:
                 return key
         return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_integer(value: object) -> bool:

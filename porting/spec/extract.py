@@ -63,6 +63,8 @@ def analyse_config(config: Any) -> Architecture:
     Raises:
         InputError: as `analyse_model`.
     """
+    if not isinstance(getattr(config, "num_hidden_layers", None), int):
+        raise InputError(f"unsupported: {type(config).__name__} does not say how many layers the model has")
     model = hostile_model(config)
     small = model.config
     seen = observe(model, tokens_for(small))

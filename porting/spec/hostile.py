@@ -30,6 +30,7 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "sliding_window": 7,
     "attention_chunk_size": 8,
+    "rotary_dim": 8,
     "num_experts": 12,
     "num_local_experts": 12,
     "n_routed_experts": 12,

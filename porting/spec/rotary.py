@@ -19,6 +19,8 @@ from .expressions import Expressions
 #: Largest deviation of a unit phase that counts as rounding: FP32 angles up to a few dozen radians.
 _PHASE = 2e-4
 _THETA_KEYS = ("rope_theta", "rotary_emb_base", "rope_local_base_freq", "rotary_base")
+#: Base of models that have no key for it.
+_CONSTANT_BASE = "10000.0"
 _DIM_EXPRESSIONS = (
     "{head_dim}",
     "int({head_dim} * config.partial_rotary_factor)",
@@ -93,10 +95,9 @@ def identify(rotation: Rotation, numbers: Expressions, head_dim: str) -> Rotary 
     dim = numbers.find(rotation.dim, [text.format(head_dim=head_dim) for text in _DIM_EXPRESSIONS], only=True)
     if dim is None:
         return None
-    for key in _THETA_KEYS:
-        theta = getattr(numbers.small, key, None)
-        if theta is None:
-            continue
+    bases = [f"config.{key}" for key in _THETA_KEYS if getattr(numbers.small, key, None) is not None]
+    for expression in (*bases, _CONSTANT_BASE):
+        theta = numbers.value(expression, numbers.small)
         for scaling in (getattr(numbers.small, "rope_scaling", None), None):
             kind = rope_type(scaling)
             for length in (1, None):
@@ -105,7 +106,7 @@ def identify(rotation: Rotation, numbers: Expressions, head_dim: str) -> Rotary 
                     continue
                 rates, factor = found
                 if _matches(rotation, rates) and math.isclose(factor, rotation.factor, rel_tol=1e-4):
-                    rotary = Rotary(kind, numbers.number(f"config.{key}"), dim, rotation.layout, factor=1.0)
+                    rotary = Rotary(kind, numbers.number(expression), dim, rotation.layout, factor=1.0)
                     scaled = kind not in ("default",)
                     return replace(rotary, scaling="config.rope_scaling" if scaled else "", factor=factor)
     return None
