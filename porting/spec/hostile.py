@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.modeling_utils import no_init_weights
 
 from ...store.errors import InputError
 
@@ -210,6 +209,8 @@ def _built(config: Any, seed: int) -> Any:
         try:
             return AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
         except AttributeError:
+            from transformers.modeling_utils import no_init_weights
+
             with no_init_weights():
                 return AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
     except (ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
