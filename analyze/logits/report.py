@@ -142,9 +142,13 @@ def _about_positions(logits: AlignedLogits, runs: ComparedRuns) -> list[str]:
 
 def _overall(found: Sequence[Criterion], doubts: Sequence[str]) -> tuple[str, list[str]]:
     failed = [item for item in found if item.verdict == FAIL]
-    undecided = [item for item in found if item.verdict == UNDECIDED]
-    reasons = [f"{item.name} fails ({item.scope})" for item in failed]
-    reasons += [f"{item.name} is undecided ({item.scope})" for item in undecided]
+    reasons = []
+    for verdict, verb in ((FAIL, "fails"), (UNDECIDED, "is undecided")):
+        by_scope: dict[str, list[str]] = {}
+        for item in found:
+            if item.verdict == verdict:
+                by_scope.setdefault(item.scope, []).append(item.name)
+        reasons += [f"{scope} {verb}: {', '.join(names)}" for scope, names in by_scope.items()]
     reasons += doubts
     if not found:
         reasons.append("no position has logits in all runs")
