@@ -64,9 +64,9 @@ def read_calibration(trace: Trace, name: str) -> dict[str, Any]:
 
 
 def enter_calibrations(connection: Any, trace: Trace) -> None:
-    """Make the catalog's table say what the files say."""
-    connection.execute("DELETE FROM calibrations")
+    """Enter what the files say into the catalog, in place of what it said of them."""
     rows = [(path.stem, read_calibration(trace, path.stem)) for path in _files(trace)]
+    connection.execute("DELETE FROM calibrations WHERE calibration IN (SELECT unnest(?))", [[name for name, _ in rows]])
     stamps = [datetime.fromisoformat(fields["created_at"]).astimezone(timezone.utc) for _, fields in rows]
     catalog.insert(
         connection,
