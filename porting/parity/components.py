@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +39,10 @@ def sizes_of(spec: Architecture, config: Any, tp: int) -> Sizes:
     """The sizes of a configuration."""
     numbers = Expressions(config, config)
     attention = spec.attention
-    found = [int(numbers.value(n.expression)) for n in (attention.heads, attention.kv_heads, attention.head_dim)]
-    return Sizes(int(config.num_hidden_layers), *found, tp)
+    heads, kv_heads, head_dim = (
+        int(numbers.value(number.expression)) for number in (attention.heads, attention.kv_heads, attention.head_dim)
+    )
+    return Sizes(int(config.num_hidden_layers), heads, kv_heads, head_dim, tp)
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def _fused(spec: Architecture, sizes: Sizes) -> Iterator[_Entry]:
     if attention.layout not in ("plain", "grouped"):
         return
     size, group = sizes.head_dim, sizes.heads // sizes.kv_heads
+    first: list[Sequence[int]]
     if attention.layout == "plain":
         first = [range(sizes.heads), *(range(start, start + sizes.kv_heads) for start in _starts(sizes))]
     else:

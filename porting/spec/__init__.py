@@ -3,5 +3,6 @@
 A small, hostile model of the configuration runs once (`hostile`, `observation`), and every value in it is explained:
 how a layer is wired (`layers`, `wiring`), norms (`norms`), attention (`attention`, `rotary`), feed-forward blocks
 (`feed_forward`), both ends (`ends`). Numbers are traced to configuration keys (`expressions`). `extract` puts the
-description (`architecture`) together; what it cannot explain is an error. `document` is its JSON.
+description (`architecture` and the `*_facts` it is made of) together; what it cannot explain is an error. `document` is
+its JSON.
 """
