@@ -54,10 +54,11 @@ def without_batch_sites(
 
 
 def _batched_alike(trace: Trace, runs: Sequence[str]) -> bool:
-    """Whether runs made as many forward passes over several prompts in every step, and padded on the same side."""
+    """Whether runs made as many forward passes over several prompts in every step, and say nothing else themselves."""
     forwards = [trace.query(_FORWARDS, [run]).to_pylist() for run in runs]
-    sides = {(trace.manifest(run).provenance.get("generation") or {}).get("padding") for run in runs}
-    return all(rows == forwards[0] for rows in forwards) and len(sides - {None}) < 2
+    said = [trace.manifest(run).provenance.get("generation") or {} for run in runs]
+    differs = any(len({facts[name] for facts in said if name in facts}) > 1 for name in ("padding", "batch_size"))
+    return not differs and all(rows == forwards[0] for rows in forwards)
 
 
 def _following(trace: Trace, run: str, infos: Sequence[SiteInfo]) -> set[Site]:

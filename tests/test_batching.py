@@ -19,21 +19,21 @@ from tensorsleuth.examples.walkthrough import MODEL
 PROMPTS = tuple(PromptInput(str(n), token_ids=tuple(range(97, 101 + 2 * n))) for n in range(4))
 OTHERWISE = {
     "one-by-one": Generation(batch_size=1),
-    "padded-right": Generation(batch_size=4, padding="right"),
-    "in-pairs": Generation(batch_size=2),
+    "padded-right": Generation(batch_size=2, padding="right"),
+    "in-threes": Generation(batch_size=3),
 }
 
 
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
-    """Reference and baseline in one batch, and the baseline's model in other batches."""
+    """Reference and baseline in pairs, and the baseline's model in other batches, once as many of them."""
     trace = Trace.create(tmp_path_factory.mktemp("batching") / "trace")
     source, selection = ModelSource(MODEL, attention="eager"), Selection(("*layers.0*",), inputs=True)
-    first = Generation(new_tokens=3, batch_size=4)
+    first = Generation(new_tokens=3, batch_size=2)
     capture_hugging_face(
         trace, HuggingFaceCapture(source, "fp32", "reference", prompts=PROMPTS, generation=first, selection=selection)
     )
-    alike = Generation(batch_size=4)
+    alike = Generation(batch_size=2)
     for run, generation in {"bf16": alike, "again": alike, **OTHERWISE}.items():
         role = "baseline" if run == "bf16" else "target"
         capture_hugging_face(

@@ -208,12 +208,13 @@ class Bench:
             run: records the target in another way than prefill and decode in batches.
         """
         trace = self.copy(self.folder(name))
+        batches = generation or self.generation
         started = time.perf_counter()
         facts = {
             "checkpoint_fingerprint": checkpoint_fingerprint(ModelSource(self.checkpoint.folder)),
             "config": self.trace.manifest(REFERENCE).provenance["config"],
             "teacher": REFERENCE,
-            "generation": {"padding": (generation or self.generation).padding},
+            "generation": {"padding": batches.padding, "batch_size": batches.batch_size},
         }
         if run is not None:
             run(trace, model, self.encoded, {**facts, "chosen": self.selection})
@@ -223,7 +224,7 @@ class Bench:
             model,
             HuggingFaceCausalModel(model),
             self.encoded,
-            generation or self.generation,
+            batches,
             run=TARGET,
             role="target",
             stack="hf",
