@@ -5,10 +5,10 @@ prefill and eight decode steps, one and two ranks. Needs the sources of NxD Infe
 
     python benchmarks/ports.py [--model NAME ...] [--quick] [--keep FOLDER]
 
-One line per architecture: verdict of each setting (FP32 and BF16 on one rank, then on two), the largest FP32 error and
-the largest R of the logits over prefill and decode and all settings, sites compared, seconds to analyse and generate, lines
-of the port, and the facts that the library has no module for. `--quick` computes FP32 logits on one rank only,
-in this process.
+One line per architecture: verdict of each setting (FP32 and BF16 on one rank, then on two), the largest FP32 error
+and the largest R of the logits over prefill and decode and all settings, sites compared, seconds to analyse and
+generate, lines of the port, and the facts that the library has no module for. `--quick` computes FP32 logits on one
+rank only, in this process.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def analyze(
 def generate(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder that receives neuron_port/.")],
-    sdk: Annotated[str | None, typer.Option(help="Neuron SDK 2.27, 2.28 or 2.29; by default, one port for all.")] = None,
+    sdk: Annotated[str | None, typer.Option(help="Neuron SDK 2.27, 2.28 or 2.29; else, one port for all.")] = None,
     json: Json = False,
 ) -> None:
     """Write the port of a model to NxD Inference; it is not checked, `port check` does that."""
