@@ -20,6 +20,7 @@ from .calibration.replicates import check_replicates
 from .coverage import CoverageReport, Covered, doubts_about_coverage, store_coverage
 from .doubts import doubts_about
 from .loading import load_sites
+from .masks import accounted, agree, masks_of
 from .matching import map_runs
 from .pairs import Gap, Pair, SiteMapping
 from .rank_doubts import doubts_about_ranks
@@ -118,15 +119,19 @@ def compare(trace: Trace, request: ComparisonRequest, *, progress: Progress = no
     if request.baseline is not None:
         mapping = _with_baseline(mapping, sites_of(trace, request.baseline))
     chunks = _chunks(mapping.pairs, {info.site: info.n_tensors for info in mapped.reference})
+    masks = masks_of(trace, request.reference)
     covered: list[Covered] = []
     judging = Judging(trace, runs, request.thresholds, request.replicates, request.calibration, chunks)
     with ResultWriter(trace.path, request.comparison) as results:
         for number, (pair, aligned, expected) in enumerate(_aligned_pairs(trace, request, chunks, prompts)):
             progress(pair.reference.name, number, len(mapping.pairs))
+            if pair.reference in masks and not agree(aligned):
+                continue
             results.add(judging.measure(pair, number, aligned))
             trace.release_pages()
             compared = sum(site.n_positions for phase in aligned.values() for site in phase.values())
             covered.append(Covered(pair, tuple(aligned), compared, expected))
+        mapping = accounted(mapping, masks, {item.pair.reference for item in covered})
         report = CoverageReport.of(covered, mapping, {info.site: info.exec_order for info in mapped.reference})
         doubts = doubts_about(trace, request.reference, request.baseline, request.target, prompts)
         doubts += doubts_about_ranks(trace, request.target, [pair.target for pair in mapping.pairs])

@@ -183,7 +183,8 @@ def distance(reference: Sample, other: Sample) -> float:
     shared = [key for key in reference if key in other and reference[key].size == other[key].size]
     if not shared:
         return math.nan
-    error = sum(float(np.sum((other[key] - reference[key]) ** 2)) for key in shared)
+    with np.errstate(invalid="ignore"):  # infinite masks: their distance is NaN
+        error = sum(float(np.sum((other[key] - reference[key]) ** 2)) for key in shared)
     return relative(math.sqrt(error), math.sqrt(sum(float(np.sum(reference[key] ** 2)) for key in shared)))
 
 

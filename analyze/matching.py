@@ -19,6 +19,7 @@ from .component_mapping import read_component_mapping
 from .fingerprint import Sample
 from .mapping import account_for, in_dataflow_order, map_by_name, surroundings
 from .pairs import Ambiguity, Gap, Pair, SiteMapping
+from .routed_rows import without_routed_rows
 from .sites import Site, SiteInfo, sites_of
 from .user_mapping import ModulesOf, apply_components
 from .value_search import Candidate, ValueSearch, closest
@@ -69,6 +70,7 @@ def map_runs(
             for run, infos in ((runs[0], reference), (runs[2], target))
         ]
         mapping = apply_components(mapping, read_component_mapping(file), sides[0], sides[1])
+    mapping = without_routed_rows(trace, mapping, runs)
     mapping = without_batch_sites(trace, mapping, runs, reference, target)
     if prompts:
         mapping = _Completion(trace, runs, reference, target, prompts).complete(mapping, progress)
