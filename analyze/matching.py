@@ -17,6 +17,7 @@ from .align import PromptPair
 from .batching import without_batch_sites
 from .component_mapping import read_component_mapping
 from .fingerprint import Sample
+from .interfaces import without_other_inputs
 from .mapping import account_for, in_dataflow_order, map_by_name, surroundings
 from .pairs import Ambiguity, Gap, Pair, SiteMapping
 from .routed_rows import without_routed_rows
@@ -72,6 +73,7 @@ def map_runs(
         mapping = apply_components(mapping, read_component_mapping(file), sides[0], sides[1])
     mapping = without_routed_rows(trace, mapping, runs)
     mapping = without_batch_sites(trace, mapping, runs, reference, target)
+    mapping = without_other_inputs(mapping, reference, target)
     if prompts:
         mapping = _Completion(trace, runs, reference, target, prompts).complete(mapping, progress)
     return MappedRuns(mapping, reference, target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tensorsleuth.analyze.interfaces import without_other_inputs
 from tensorsleuth.analyze.mapping import map_by_name
 from tensorsleuth.analyze.naming import canonical
 from tensorsleuth.analyze.pairs import SiteMapping
@@ -10,9 +11,10 @@ from tensorsleuth.analyze.sites import Site, SiteInfo
 
 
 def info(name: str, features: int = 8, *, order: int = 0, content: str = "", statistics_only: int = 0) -> SiteInfo:
-    """A site written as `module` or `module[slot]`."""
+    """A site written as `module`, `module[slot]`, `module:input` or `module:input[slot]`."""
     module, _, slot = name.removesuffix("]").partition("[")
-    site = Site(module, "output", slot)
+    module, _, port = module.partition(":")
+    site = Site(module, port or "output", slot)
     return SiteInfo(site, order, features, True, ("prefill",), content or name, 1, statistics_only)
 
 
@@ -133,3 +135,13 @@ def test_filters_skip_with_a_reason() -> None:
 def test_statistics_only_sites_cannot_be_compared_and_say_so() -> None:
     mapping = map_by_name([info("norm")], [info("norm", statistics_only=1)])
     assert "statistics only" in mapping.gaps[0].reason
+
+
+def test_an_input_of_another_width_is_another_thing_and_an_output_is_not() -> None:
+    reference = [info("model.layers.0.attn:input[0]", 128), info("model.norm:input", 128), info("model.norm", 128)]
+    target = [info("layers.0.attn:input[0]", 64), info("norm:input", 128), info("norm", 64)]
+    mapping = without_other_inputs(map_by_name(reference, target), reference, target)
+    assert pairs(mapping) == {"model.norm:input": ["norm:input"], "model.norm": ["norm"]}
+    (gap,) = mapping.gaps
+    assert (gap.site.name, gap.status) == ("model.layers.0.attn:input[0]", "skipped")
+    assert "64 elements per position instead of 128" in gap.reason
