@@ -14,6 +14,9 @@ SHAPE_MISMATCH = "shape_mismatch"
 #: Largest share of false alarms that is accepted among the sites that are called divergent.
 ALPHA = 0.05
 
+#: A null that allows more than this says nothing: however wide it is, a larger R is not passed.
+CEILING = 2.0
+
 #: Unit roundoff of the dtypes a target may run in: half the distance from 1 to the next number.
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
@@ -92,17 +95,21 @@ def settled_verdict(
     return None
 
 
-def r_verdict(r_ratio: float, limit: float, q_value: float) -> str:
+def r_verdict(r_ratio: float, limit: float, q_value: float, r_low: float = float("nan")) -> str:
     """Judge R: above its limit it fails, unless chance could have made it so large; then there are too few tokens.
+
+    A handful of prompts can never be significant among hundreds of sites, since the smallest p-value that they allow
+    is 2^-prompts. Where the whole interval of R lies beyond `CEILING`, and beyond the limit, that is no excuse either.
 
     Args:
         r_ratio: R over the tokens that count.
         limit: largest R of a clean site.
         q_value: false-discovery rate at which the site would be called divergent; NaN (a single token) is no excuse.
+        r_low: lower end of the 95 % interval of R over the tokens that count; NaN where there is none.
     """
     if r_ratio < limit:
         return PASS
-    return UNDECIDED if q_value > ALPHA else FAIL
+    return UNDECIDED if q_value > ALPHA and not r_low > max(limit, CEILING) else FAIL
 
 
 def flips_verdict(p_value: float, q_value: float) -> str:

@@ -141,6 +141,26 @@ def test_chosen_experts_are_compared_as_sets(trace: Trace, changed: list[tuple[i
     assert compare(trace, ComparisonRequest("r", "t", "b")).verdict == verdict
 
 
+@pytest.mark.parametrize(("factor", "verdict"), [(400.0, "fail"), (1.5, "undecided")])
+def test_few_prompts_do_not_excuse_an_error_that_chance_cannot_make(trace: Trace, factor: float, verdict: str) -> None:
+    """A rotation is the same in every prompt, so that six of them are never significant among so many sites."""
+    sites = [f"layers.{n}.attn" for n in range(40)]
+    for run, role, wrong in (("r", "reference", 0.0), ("b", "baseline", 1.0), ("t", "target", factor)):
+        values = {site: draw(n) for n, site in enumerate(sites)}
+        for n, arrays in enumerate(values.values()):
+            for array, noise in zip(arrays, draw(100 * ord(run) + n), strict=True):
+                array += np.float32(0.0 if run == "r" else 1e-3) * noise
+        rotation, error = draw(999)[0], draw(ord(run))[0]
+        values["rotary_emb"] = [rotation + np.float32(1e-3 * wrong) * error] * PROMPTS
+        store(trace, run, values, role=role)
+    compare(trace, ComparisonRequest("r", "t", "b"))
+    found = rows(trace)
+    rotary = found.pop("rotary_emb")
+    assert rotary["q_value"] > 0.05
+    assert rotary["verdict"] == verdict
+    assert {row["verdict"] for row in found.values()} == {"pass"}
+
+
 def test_replicates_widen_what_is_clean_and_nothing_else(moe: Trace) -> None:
     noisy, broken = clean(3, 1.3e-3), clean(4, 4e-3)
     assert judge(moe, noisy, "noisy").verdict == "fail"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..intervals import EPSILON
+from ..intervals import EPSILON, interval_over_prompts
 from ..measure import TokenErrors
 from ..triples import FloatArray
 from .exchange import exchange_p_value
@@ -44,6 +44,7 @@ class Evidence:
 
     Attributes:
         r: R over the tokens that count.
+        r_low: lower end of its 95 % interval, where R is beyond its limit; else NaN.
         n_rerouted: tokens that do not.
         p_value: chance that a site whose R is at the limit shows this one, see `exchange.exchange_p_value`.
         spread: standard error of log R, from the spread over tokens (delta method).
@@ -51,6 +52,7 @@ class Evidence:
     """
 
     r: float
+    r_low: float
     n_rerouted: int
     p_value: float
     spread: float
@@ -58,7 +60,7 @@ class Evidence:
 
 
 _NONE = float("nan")
-NOTHING = Evidence(_NONE, 0, _NONE, _NONE, ())
+NOTHING = Evidence(_NONE, _NONE, 0, _NONE, _NONE, ())
 
 
 def evidence(parts: Sequence[Tokens], limit: float, replicates: AtSite | None) -> Evidence:
@@ -86,7 +88,8 @@ def evidence(parts: Sequence[Tokens], limit: float, replicates: AtSite | None) -
     spread = 0.5 * float(np.sqrt((shares * shares).sum()))
     of_replicates = [] if replicates is None else [_log_r(parts, replicates, n) for n in range(len(replicates.errors))]
     p_value = exchange_p_value([rows * np.array([1.0, limit**2, 1.0]) for rows in kept])
-    return Evidence(r, n_rerouted, p_value, spread, tuple(of_replicates))
+    r_low = interval_over_prompts(kept)[0] if r > limit else _NONE
+    return Evidence(r, r_low, n_rerouted, p_value, spread, tuple(of_replicates))
 
 
 def _log_r(parts: Sequence[Tokens], replicates: AtSite, number: int) -> float:

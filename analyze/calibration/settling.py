@@ -14,15 +14,12 @@ import numpy.typing as npt
 
 from ..results import Outcomes
 from ..triples import FloatArray
-from ..verdict import ALPHA, FAIL, PASS, UNDECIDED, Thresholds, flips_verdict, r_verdict
+from ..verdict import ALPHA, CEILING, FAIL, PASS, UNDECIDED, Thresholds, flips_verdict, r_verdict
 from .discovery import q_values
 from .evidence import NOTHING, Evidence
 from .kinds import kind_in_phase
 from .learned import Calibration
 from .null import Null, null_of_replicates
-
-#: A null that allows more than this says nothing: however wide it is, a larger R is not passed.
-CEILING = 2.0
 
 _BY_R, _BY_FLIPS = "r", "flips"
 _STATES = (PASS, FAIL, UNDECIDED, _BY_R, _BY_FLIPS)
@@ -33,7 +30,7 @@ class Gathered:
 
     def __init__(self, n_replicates: int) -> None:
         """Room for the log R of so many replicates per row."""
-        names = ("r", "p", "spread", "p_flips")
+        names = ("r", "r_low", "p", "spread", "p_flips")
         numbers = [(name, np.float64) for name in names]
         whole = [(name, np.int32) for name in ("prompt", "kind", "state", "n_rerouted")]
         self._dtype = np.dtype([*whole, *numbers, ("replicates", np.float64, (n_replicates,))])
@@ -57,7 +54,7 @@ class Gathered:
         state = _STATES.index(_BY_FLIPS if by_flips else settled or _BY_R)
         place = self._kinds.setdefault((phase, kind), len(self._kinds))
         replicates = found.replicates or (np.nan,) * self._n_replicates
-        numbers = (found.r, found.p_value, found.spread, p_flips)
+        numbers = (found.r, found.r_low, found.p_value, found.spread, p_flips)
         self._pending.append((-1 if prompt is None else prompt, place, state, found.n_rerouted, *numbers, replicates))
         if len(self._pending) >= 1024:
             self._flush()
@@ -97,10 +94,7 @@ def settle(gathered: Gathered, thresholds: Thresholds, calibration: Calibration 
     p[by_flips], q[by_flips] = rows["p_flips"][by_flips], q_flips[by_flips]
     limit[~by_r] = np.nan
     verdicts = [
-        _verdict(
-            _STATES[row["state"]], float(row["r"]), float(limit[n]), float(q[n]), float(row["p_flips"]), q_flips[n]
-        )
-        for n, row in enumerate(rows)
+        _verdict(_STATES[row["state"]], row, float(limit[n]), float(q[n]), q_flips[n]) for n, row in enumerate(rows)
     ]
     overall = [verdict for verdict, prompt in zip(verdicts, rows["prompt"], strict=True) if prompt < 0]
     columns = {"p_value": p, "q_value": q, "r_judged": rows["r"], "r_limit": limit}
@@ -115,14 +109,15 @@ def _notes(rows: npt.NDArray[Any]) -> list[str]:
     return [f"experts differ at some tokens: up to {most} of them are left out of the verdicts of {sites} measurements"]
 
 
-def _verdict(state: str, r: float, limit: float, q: float, p_flips: float, q_flips: float) -> str:
+def _verdict(state: str, row: npt.NDArray[Any], limit: float, q: float, q_flips: float) -> str:
+    p_flips = float(row["p_flips"])
     if state == _BY_FLIPS:
         return flips_verdict(p_flips, q_flips)
     if state != _BY_R:
         return state
     if flips_verdict(p_flips, q_flips) == FAIL:
         return FAIL
-    return r_verdict(r, limit, q)
+    return r_verdict(float(row["r"]), limit, q, float(row["r_low"]))
 
 
 def _p_values(
