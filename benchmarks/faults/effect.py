@@ -71,7 +71,7 @@ def observe(model: Any, prompts: Sequence[EncodedPrompt], generation: Generation
     recorder = Recorder(model, memory, Selection(inputs=True))
     recorder.attach()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), recorder.guard:
             run_prompts(HuggingFaceCausalModel(model), prompts, generation, recorder.step, tokens=[])
     finally:
         recorder.detach()
