@@ -285,7 +285,8 @@ def test_qq_draws_what_the_numbers_say(tmp_path: Path, scale: float, shift: floa
     add_distributions(trace, 0, baseline, scale * baseline + 1e-3 * shift)
     comparison = source.compared(trace)
     found = distributions(trace, comparison, source.choose_site(source.site_results(trace, comparison), comparison))
-    assert found.sigma == pytest.approx(baseline.std(), rel=1e-9 if scale != 1.0 else 0.1)
+    low, high = np.quantile(baseline, [0.16, 0.84])
+    assert found.sigma == pytest.approx((high - low) / (2 * 0.994457883), rel=1e-6)
     assert found.slope == pytest.approx(scale)
     assert found.intercept is not None
     assert found.intercept * found.sigma == pytest.approx(1e-3 * shift, abs=1e-9)

@@ -146,7 +146,7 @@ def _of_prompt(site: AlignedSite) -> tuple[ErrorCounts, ErrorCounts]:
 
 
 def _counted(magnitudes: FloatArray) -> IntArray:
-    place = np.floor((np.log10(magnitudes) - _LEAST) * PER_DECADE).astype(np.int64)
+    place = np.searchsorted(EDGES, magnitudes, side="right") - 1
     return np.bincount(np.clip(place, 0, len(EDGES) - 2), minlength=len(EDGES) - 1)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...store.trace import Trace
-from ..quantiles import wasserstein
+from ..quantiles import middle_scale, wasserstein
 from .figure import INK, LARGE, NORMAL, SIGMA, new_figure, number, plain, save, words
 from .qq_panels import draw_quantiles, draw_scatter
 from .source import Compared, SiteResult, choose_site, compared, site_results
@@ -34,7 +34,8 @@ class Distributions:
         n: elements compared.
         probability: float64[quantiles], ascending, within what `n` elements can resolve, and the extremes 0 and 1.
         baseline, target: float64[quantiles], in the tensor's own unit.
-        sigma: standard deviation of the baseline's error, in the tensor's own unit; 0 if it has no error.
+        sigma: scale of the baseline's error (`analyze.quantiles.middle_scale`, or the standard deviation where most
+            errors are equal), in the tensor's own unit; 0 if it has no error.
         slope, intercept, w1, ks: see `analyze.quantiles.QQ`; None: undefined.
     """
 
@@ -104,7 +105,7 @@ def distributions(trace: Trace, comparison: Compared, result: SiteResult) -> Dis
         probability[kept],
         baseline[kept],
         target[kept],
-        _sigma(probability, baseline, target, finite["qq_w1"]),
+        _sigma(baseline, target, finite["qq_w1"]),
         finite["qq_slope"],
         finite["qq_intercept"],
         finite["qq_w1"],
@@ -116,18 +117,11 @@ def _number(value: float | None) -> float | None:
     return None if value is None or not np.isfinite(value) else float(value)
 
 
-def _sigma(probability: FloatArray, baseline: FloatArray, target: FloatArray, w1: float | None) -> float:
-    """The standard deviation that the QQ numbers were divided by: W1 is stored in its units.
-
-    Where the distributions are equal (W1 = 0), the integral of the squared quantile function serves.
-    """
-    if not len(probability) or np.isnan(baseline).any() or not np.any(baseline):
+def _sigma(baseline: FloatArray, target: FloatArray, w1: float | None) -> float:
+    """The scale that the QQ numbers are in units of; where the middle has no width, W1 tells what it was divided by."""
+    if not len(baseline) or np.isnan(baseline).any() or not np.any(baseline):
         return 0.0
-    if w1:
-        return wasserstein(baseline, target) / w1
-    width = np.diff(probability)
-    mean, square = (float((((v[1:] + v[:-1]) / 2) * width).sum()) for v in (baseline, baseline**2))
-    return float(np.sqrt(max(square - mean**2, 0.0)))
+    return middle_scale(baseline) or (wasserstein(baseline, target) / w1 if w1 else 0.0)
 
 
 def draw_qq(source: Distributions, path: Path) -> None:
