@@ -249,7 +249,7 @@ def read_rows(
     uncounted = np.zeros((1, COLUMNS))
     at, first = start, start // features
     size_r, size_b, size_t = ITEM_BYTES[kind_r], ITEM_BYTES[kind_b], ITEM_BYTES[kind_t]
-    common = has_baseline and kind_r == FLOAT32 and kind_b == BFLOAT16 and (kind_t == BFLOAT16 or kind_t == FLOAT32)
+    common = has_baseline and kind_r == FLOAT32 and kind_b == BFLOAT16 and kind_t in (BFLOAT16, FLOAT32)
     while at < stop:
         index = at // features - first
         count = min(BLOCK, stop - at, features - at % features)

@@ -1,7 +1,7 @@
 """DeepseekV3 for NxD Inference.
 
-Ported from DeepseekV3ForCausalLM (transformers.models.deepseek_v3.modeling_deepseek_v3). What the architecture is, and where
-every fact comes from, is in architecture.json beside this file.
+Ported from DeepseekV3ForCausalLM (transformers.models.deepseek_v3.modeling_deepseek_v3).
+What the architecture is, and where every fact comes from, is in architecture.json beside this file.
 """
 
 import copy

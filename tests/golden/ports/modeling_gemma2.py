@@ -1,7 +1,7 @@
 """Gemma2 for NxD Inference.
 
-Ported from Gemma2ForCausalLM (transformers.models.gemma2.modeling_gemma2). What the architecture is, and where
-every fact comes from, is in architecture.json beside this file.
+Ported from Gemma2ForCausalLM (transformers.models.gemma2.modeling_gemma2).
+What the architecture is, and where every fact comes from, is in architecture.json beside this file.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """GPTNeoX for NxD Inference.
 
-Ported from GPTNeoXForCausalLM (transformers.models.gpt_neox.modeling_gpt_neox). What the architecture is, and where
-every fact comes from, is in architecture.json beside this file.
+Ported from GPTNeoXForCausalLM (transformers.models.gpt_neox.modeling_gpt_neox).
+What the architecture is, and where every fact comes from, is in architecture.json beside this file.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Qwen2Moe for NxD Inference.
 
-Ported from Qwen2MoeForCausalLM (transformers.models.qwen2_moe.modeling_qwen2_moe). What the architecture is, and where
-every fact comes from, is in architecture.json beside this file.
+Ported from Qwen2MoeForCausalLM (transformers.models.qwen2_moe.modeling_qwen2_moe).
+What the architecture is, and where every fact comes from, is in architecture.json beside this file.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """Qwen3 for NxD Inference.
 
-Ported from Qwen3ForCausalLM (transformers.models.qwen3.modeling_qwen3). What the architecture is, and where
-every fact comes from, is in architecture.json beside this file.
+Ported from Qwen3ForCausalLM (transformers.models.qwen3.modeling_qwen3).
+What the architecture is, and where every fact comes from, is in architecture.json beside this file.
 """
 
 import torch
