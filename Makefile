@@ -40,11 +40,11 @@ $(VENV)/.ready-demo: $(BIN)/python $(SOURCES)
 	@touch $@
 
 $(VENV)/.ready-test: $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet -e '.[capture,test]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e '.[capture,porting,test]' -c constraints.txt
 	@touch $@
 
 $(VENV)/.ready-dev: $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet -e '.[capture,test,dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e '.[capture,porting,test,dev]' -c constraints.txt
 	@touch $@
 
 $(VENV)-transformers5/.ready: $(SOURCES)

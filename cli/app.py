@@ -86,7 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", code=130)
     except ModuleNotFoundError as error:
-        return _fail(f"this command needs {error.name}; install it with: pip install 'tensorsleuth[capture]'")
+        extra = "porting" if error.name == "jinja2" else "capture"
+        return _fail(f"this command needs {error.name}; install it with: pip install 'tensorsleuth[{extra}]'")
     except BrokenPipeError:
         sys.stderr.close()
         return 0
