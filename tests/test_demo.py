@@ -74,6 +74,7 @@ def test_the_command_ends_with_a_culprit_pictures_and_exit_code_one(
     assert main(["demo", str(folder), "--fault", "rope-base"]) == 1
     printed = capsys.readouterr().out
     assert "first divergent site: model.rotary_emb[0] (prefill)" in printed
+    assert "1. rope base" in printed
     assert "stand-in for a Neuron run" in printed
     assert {path.name for path in folder.iterdir()} == {"trace", "layers.png", "qq.png"}
     assert main(["demo", str(folder)]) == 2
