@@ -15,7 +15,7 @@ test: $(VENV)/.ready-test  ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-transformers5: $(VENV)-transformers5/.ready  ## run the capture and demo tests on the newest transformers 5
-	$(VENV)-transformers5/bin/python -m pytest -n 2 --dist loadfile tests/test_examples.py tests/test_demo.py tests/test_capture_*.py
+	$(VENV)-transformers5/bin/python -m pytest -n 2 --dist loadfile tests/test_demo.py tests/test_capture_*.py
 
 lint: dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .

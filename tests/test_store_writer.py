@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import re
@@ -340,9 +341,10 @@ def test_no_files_stay_open_after_a_run(trace: Trace) -> None:
     model = Emit()
     with record(trace, model, run="first", role="reference"):
         model(0)
+    gc.collect()  # earlier tests leave files to the collector
     before = os.listdir("/proc/self/fd")
     for run in ("second", "third"):
         with record(trace, model, run=run, role="reference", shard_bytes=1000):
             model(0)
             model(1)
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert len(os.listdir("/proc/self/fd")) <= len(before)
