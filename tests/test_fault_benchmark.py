@@ -118,13 +118,19 @@ def test_the_truth_is_the_first_own_place_above_the_noise() -> None:
     assert (found.size, found.phase, found.early) == (3.0, "prefill", 0.0)
 
 
+def test_an_earlier_phase_may_be_named_where_the_bug_acts_below_the_noise() -> None:
+    sites = [effect("prefill", "norm", 0, 0.9), effect("decode", "norm", 0, 1.2)]
+    found = truth(FAULTS["norm-epsilon"], sites)
+    assert (found.phase, found.phases) == ("decode", ("prefill", "decode"))
+
+
 def test_below_the_noise_nothing_need_be_found() -> None:
     found = truth(FAULTS["norm-epsilon"], [effect("prefill", "norm", 0, 0.7)])
     assert (found.visible, found.origins) == (False, ())
 
 
 def test_only_the_right_module_in_the_right_phase_is_the_origin() -> None:
-    expected = Truth(True, 5.0, "decode", ("x",), 5.0, 0.0)
+    expected = Truth(True, 5.0, "decode", ("decode",), ("x",), 5.0, 0.0)
     suspects = tuple(Suspected(m, m, p, "origin", 9.0) for m, p in (("x", "prefill"), ("y", "decode"), ("x", "decode")))
     named = (Suspected("x", "x", "decode", "finding", 9.0, "causal_mask", 0.9),)
     outcome = judge("llama", FAULTS["cache-late"], None, expected, Report("fail", suspects, named, (), {}, {}, ""))

@@ -89,13 +89,13 @@ ARCHITECTURES: dict[str, Architecture] = {
                     "original_max_position_embeddings": 64,
                 },
             },
-            _features("dense qkv_bias square_q rope_scaling plain_norm head"),
+            _features("dense qkv_bias square_q rope_scaling early_cast"),
         ),
         Architecture(
             "qwen3",
             "Qwen3Config",
             {"head_dim": 32, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True},
-            _features("dense qk_norm plain_norm"),
+            _features("dense qk_norm early_cast"),
         ),
         Architecture(
             "gemma2",
@@ -115,7 +115,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "mixtral",
             "MixtralConfig",
             {"num_local_experts": 6, "num_experts_per_tok": 2, "rope_theta": 1000000.0, "sliding_window": None},
-            _features("moe split_experts square_q plain_norm head"),
+            _features("moe split_experts square_q early_cast"),
         ),
         Architecture(
             "gpt_oss",
@@ -136,7 +136,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                     "truncate": False,
                 },
             },
-            _features("moe fused_experts sinks window qkv_bias router_bias rope_scaling square_q plain_norm head"),
+            _features("moe fused_experts sinks window qkv_bias router_bias rope_scaling square_q"),
         ),
     )
 }

@@ -342,7 +342,8 @@ VARIANTS = (
     Variant("fused-qkv", "One projection for Q, K and V.", _fused_qkv),
     Variant("fused-gate-up", "One projection for gate and up.", _fused_gate_up, needs="dense"),
     Variant("norm-late-cast", "Norms round after the gain.", _norm_order(late_cast=True)),
-    Variant("norm-early-cast", "Norms round before the gain.", _norm_order(late_cast=False), without="offset_norm"),
+    # Where the model rounds after the gain, rounding before it as well is a loss of precision, not another order.
+    Variant("norm-early-cast", "Norms round before the gain.", _norm_order(late_cast=False), needs="early_cast"),
     Variant("wide-activation", "The activation in FP32.", _wide_activation, needs="dense"),
     Variant("dense-experts", "All experts see all tokens.", _dense_experts, needs="split_experts"),
     Variant("right-padding", "Padding on the right.", padding="right"),

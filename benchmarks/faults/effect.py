@@ -131,6 +131,7 @@ class Truth:
         visible: its effect exceeds the noise at a site of its own.
         size: its effect at the first own site where it is visible, else the largest at any own site.
         phase: `prefill` or `decode`: where it is visible first.
+        phases: those that may be named: this one, and an earlier one where it acts somewhat below the noise.
         origins: module paths that name its place.
         largest: the largest effect at any site.
         early: effect before its own first site; something else than the bug differs when this is not 0.
@@ -139,6 +140,7 @@ class Truth:
     visible: bool
     size: float
     phase: str
+    phases: tuple[str, ...]
     origins: tuple[str, ...]
     largest: float
     early: float
@@ -156,14 +158,19 @@ def truth(fault: Fault, found: Iterable[Effect], *, inputs: bool = True) -> Trut
     start = next((effect for effect in own if effect.size > 0.01), own[0])
     early = max((e.size for e in sites if (PHASES.index(e.phase), e.order) < _place(start)), default=0.0)
     if shown is None:
-        return Truth(False, max(effect.size for effect in own), "", (), largest, early)
+        return Truth(False, max(effect.size for effect in own), "", (), (), largest, early)
     first = next(effect for effect in sites if effect.size >= VISIBLE)
     layer = _layer(shown.module)
     # Where the bug acts somewhat below the noise, naming the earlier place is right as well.
-    acting = [effect for effect in own if effect.size >= 0.3 * VISIBLE and effect.phase == shown.phase]
-    before = [effect.module for effect in acting if _place(effect) <= _place(shown)]
-    wanted = {shown.module, first.module, *before, *(template.format(layer) for template in fault.accept)}
-    return Truth(True, shown.size, shown.phase, tuple(sorted(wanted)), largest, early)
+    acting = [effect for effect in own if effect.size >= 0.3 * VISIBLE and _place(effect) <= _place(shown)]
+    wanted = {
+        shown.module,
+        first.module,
+        *(effect.module for effect in acting),
+        *(template.format(layer) for template in fault.accept),
+    }
+    phases = tuple(phase for phase in PHASES if any(effect.phase == phase for effect in acting))
+    return Truth(True, shown.size, shown.phase, phases, tuple(sorted(wanted)), largest, early)
 
 
 def _place(effect: Effect) -> tuple[int, int]:

@@ -107,7 +107,7 @@ def judge(architecture: str, fault: Fault, severity: Severity, expected: Truth, 
     right = [
         number
         for number, suspect in enumerate(report.suspects, 1)
-        if suspect.module in expected.origins and suspect.phase == expected.phase
+        if suspect.module in expected.origins and suspect.phase in expected.phases
     ]
     cause = fault.cause_of(severity)
     first = report.suspects[0] if report.suspects else None
@@ -131,7 +131,7 @@ def judge(architecture: str, fault: Fault, severity: Severity, expected: Truth, 
         cause_right=finding is not None and accepted(cause, finding.cause),
         published_detected=any(exceeds(row[2]) for row in report.measured),
         published_primary=f"{primary[0]} ({primary[1]})" if primary else "",
-        published_origin_right=primary is not None and primary[0] in expected.origins and primary[1] == expected.phase,
+        published_origin_right=primary is not None and primary[0] in expected.origins and primary[1] in expected.phases,
         published_class_right=primary is not None and class_of_size(primary[2]) == published_class(cause),
         errors=report.errors,
         seconds=report.seconds,
