@@ -145,3 +145,12 @@ def test_an_input_of_another_width_is_another_thing_and_an_output_is_not() -> No
     (gap,) = mapping.gaps
     assert (gap.site.name, gap.status) == ("model.layers.0.attn:input[0]", "skipped")
     assert "64 elements per position instead of 128" in gap.reason
+
+
+def test_what_tells_a_rotary_embedding_its_dtype_is_not_compared_between_implementations() -> None:
+    reference = [info("model.rotary_emb:input[0]"), info("model.rotary_emb[0]")]
+    target = [info("layers.0.self_attn.rotary_emb:input[0]"), info("layers.0.self_attn.rotary_emb[0]")]
+    found = without_other_inputs(map_by_name(reference, target), reference, target)
+    assert pairs(found) == {"model.rotary_emb[0]": ["layers.0.self_attn.rotary_emb[0]"]}
+    same = without_other_inputs(map_by_name(reference, reference), reference, reference)
+    assert set(pairs(same)) == {"model.rotary_emb:input[0]", "model.rotary_emb[0]"}
