@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from safetensors.torch import save_file
 from tensorsleuth.cli.app import main
 from tensorsleuth.porting.spec.architecture import Architecture
 from tensorsleuth.porting.spec.document import from_json, json_schema, leaves, origin_of, to_json
+from tensorsleuth.porting.spec.evaluation import evaluate
+from tensorsleuth.porting.spec.expressions import visible
 from tensorsleuth.porting.spec.extract import analyse_config, analyse_model
 from tensorsleuth.porting.spec.rotary import find_rotation, frequencies
 from tensorsleuth.porting.spec.wiring import explain
@@ -161,3 +165,47 @@ def test_rotations_are_read_off_values(layout: str, dim: int, seed: int) -> None
     assert found is not None
     assert (found.layout, found.dim) == (layout, dim)
     assert find_rotation(before, torch.randn(2, 3, 17, 24, generator=generator)) is None
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "().__class__.__bases__[0].__subclasses__()",
+        "config.scale.__class__",
+        "config.scale.real",
+        "(lambda: 1)()",
+        "[x for x in (1,)]",
+        "__import__('os')",
+        "math.log",
+        "config.scale if True else 1",
+        "1; 2",
+    ],
+)
+def test_an_expression_can_do_nothing_but_compute(expression: str) -> None:
+    with pytest.raises(InputError, match="unsupported: "):
+        evaluate(expression, {"config": SimpleNamespace(scale=2)})
+
+
+def test_an_expression_computes_as_python_does() -> None:
+    config = SimpleNamespace(size=96, heads=4, kinds=["a", "b"], scaling={"factor": 4.0})
+    found = {
+        "config.size // config.heads": 24,
+        "config.size ** -0.5": 96**-0.5,
+        "int(config.size * 0.3)": 28,
+        '0.1 * math.log(config.scaling["factor"]) + 1': 0.1 * math.log(4.0) + 1,
+        "(layer_idx + 1) % 2 == 0": True,
+        'config.kinds[layer_idx] == "b"': True,
+        "not layer_idx in config.kinds": True,
+        "-layer_idx < 0": True,
+    }
+    assert {text: evaluate(text, {"config": config, "layer_idx": 1}) for text in found} == found
+
+
+def test_a_key_that_is_code_stays_out_of_the_port() -> None:
+    hostile = "x if __import__('os').abort() else config.hidden_size"
+    config = LlamaConfig(**{hostile: 0.125, "class": 0.25, "_private": 0.5})
+    assert hasattr(config, hostile)
+    seen = vars(visible(config))
+    assert hostile not in seen
+    assert not {"class", "_private"} & set(seen)
+    assert seen["hidden_size"] == config.hidden_size

@@ -7,6 +7,7 @@ but an error of the caller's, or a constant where the caller says that the class
 
 from __future__ import annotations
 
+import keyword
 import math
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -14,14 +15,19 @@ from typing import Any
 
 from ...store.errors import InputError
 from .architecture import Number
+from .evaluation import evaluate
 
 _TOLERANCE = 1e-5
 
 
 def visible(config: Any) -> SimpleNamespace:
-    """What a port sees of a configuration: its stored keys and their aliases, no properties."""
+    """What a port sees of a configuration: its stored keys and their aliases, no properties.
+
+    Keys end up in the port's source, and they come from a file: one that is no plain name is left out.
+    """
     names = [*getattr(config, "attribute_map", {}), *config.to_dict()]
-    return SimpleNamespace(**{name: getattr(config, name) for name in names if hasattr(config, name)})
+    plain = [name for name in names if name.isidentifier() and not keyword.iskeyword(name) and name[0] != "_"]
+    return SimpleNamespace(**{name: getattr(config, name) for name in plain if hasattr(config, name)})
 
 
 class Expressions:
@@ -40,8 +46,7 @@ class Expressions:
 
     def value(self, expression: str, config: Any = None) -> Any:
         """What an expression is, by default for the full configuration."""
-        scope = {"config": self.full if config is None else config, "math": math, "int": int}
-        return eval(expression, {"__builtins__": {}}, scope)  # noqa: S307 (written here, never read from a file)
+        return evaluate(expression, {"config": self.full if config is None else config})
 
     def number(self, expression: str) -> Number:
         """An expression as a number of the full configuration."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 
 from ...store.errors import InputError
 from .architecture import Layer, NamedNorm, Node, Number, Term
+from .evaluation import evaluate
 from .expressions import Expressions
 from .feed_forward import is_linear
 from .mixture import is_mixture
@@ -192,22 +193,22 @@ def cases_of(
         for kind, other in (kinds, reversed(kinds)):
             wanted = [value == kind for value in values]
             for condition in _CONDITIONS:
-                if list(_holds(condition, numbers.small, len(values))) == wanted and _applies(condition, numbers.full):
+                found = [_holds(condition, numbers.small, layer) for layer in range(len(values))]
+                if found == wanted and _applies(condition, numbers.full):
                     return (build(condition, kind), build("", other))
     raise InputError(f"unsupported: {len(kinds)} kinds of {what} by layer, which no configuration key tells apart")
 
 
-def _holds(condition: str, config: Any, n_layers: int) -> Iterator[bool | None]:
-    for layer in range(n_layers):
-        scope = {"config": config, "layer_idx": layer}
-        try:
-            yield bool(eval(condition, {"__builtins__": {}}, scope))  # noqa: S307 (the list above, nothing else)
-        except (AttributeError, TypeError, IndexError):
-            yield None
+def _holds(condition: str, config: Any, layer: int) -> bool | None:
+    """Whether a condition holds for a layer; None where the configuration lacks what it asks for."""
+    try:
+        return bool(evaluate(condition, {"config": config, "layer_idx": layer}))
+    except (AttributeError, TypeError, IndexError):
+        return None
 
 
 def _applies(condition: str, config: Any) -> bool:
-    return None not in list(_holds(condition, config, config.num_hidden_layers))
+    return all(_holds(condition, config, layer) is not None for layer in range(config.num_hidden_layers))
 
 
 def factor_of(number: Number | None) -> float:
