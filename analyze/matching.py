@@ -23,7 +23,7 @@ from .pairs import Ambiguity, Gap, Pair, SiteMapping
 from .routed_rows import without_routed_rows
 from .sites import Site, SiteInfo, sites_of
 from .user_mapping import ModulesOf, apply_components
-from .value_search import Candidate, ValueSearch, closest
+from .value_search import Candidate, ValueSearch, closest, has_values
 
 #: A value this many times nearer than the next is the one that is meant.
 _CLEARLY = 4.0
@@ -75,7 +75,8 @@ def map_runs(
     mapping = without_batch_sites(trace, mapping, runs, reference, target)
     mapping = without_other_inputs(mapping, reference, target)
     if prompts:
-        mapping = _Completion(trace, runs, reference, target, prompts).complete(mapping, progress)
+        search = ValueSearch(trace, runs, reference, target, prompts)
+        mapping = _Completion(trace, search, reference, target).complete(mapping, progress)
     return MappedRuns(mapping, reference, target)
 
 
@@ -83,17 +84,11 @@ class _Completion:
     """Checks pairs by values, and adds those that only values tell."""
 
     def __init__(
-        self,
-        trace: Trace,
-        runs: tuple[str, str | None, str],
-        reference: Sequence[SiteInfo],
-        target: Sequence[SiteInfo],
-        prompts: Sequence[PromptPair],
+        self, trace: Trace, search: ValueSearch, reference: Sequence[SiteInfo], target: Sequence[SiteInfo]
     ) -> None:
-        self._trace, self._infos, self._targets = trace, list(reference), list(target)
+        self._trace, self._search, self._infos, self._targets = trace, search, list(reference), list(target)
         self._reference = {info.site: info for info in reference}
-        self._target = {info.site: info for info in target if not info.n_statistics_only and not info.lacking}
-        self._search = ValueSearch(trace, runs, reference, list(self._target.values()), prompts)
+        self._target = {info.site: info for info in target if has_values(info)}
 
     def complete(self, mapping: SiteMapping, progress: Progress) -> SiteMapping:
         """The mapping with scores from values, warnings, and pairs for sites that had none."""
@@ -126,7 +121,7 @@ class _Completion:
 
     def _searchable(self, gap: Gap) -> bool:
         info = self._reference[gap.site]
-        return bool(info.features) and not info.n_statistics_only and not info.lacking
+        return bool(info.features) and has_values(info)
 
     def _check(self, pairs: Sequence[Pair]) -> tuple[list[Pair], list[Ambiguity]]:
         """Score named pairs by their values, fit those of another width, and note where values contradict a name."""

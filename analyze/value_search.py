@@ -31,6 +31,11 @@ class Candidate:
     found: Found
 
 
+def has_values(info: SiteInfo) -> bool:
+    """Whether the values of a site can be read: of every rank, and not statistics alone."""
+    return not info.n_statistics_only and not info.lacking
+
+
 class ValueSearch:
     """Values of the runs of a comparison at a few positions."""
 
@@ -48,11 +53,11 @@ class ValueSearch:
             trace: the trace.
             runs: names of the reference, the baseline (or None) and the target.
             reference: sites of the reference.
-            target: sites of the target whose values can be read.
+            target: sites of the target; those without values take no part.
             prompts: prompts that the runs share.
         """
         self._trace, self._runs = trace, runs
-        self._target = [info for info in target if info.features]
+        self._target = [info for info in target if info.features and has_values(info)]
         self._depths = [max((info.exec_order for info in infos), default=0) or 1 for infos in (reference, target)]
         self._read, self._read_baseline, self._read_target = samplers(trace, runs, prompts)
         self.rounding = ROUNDING.get(trace.manifest(runs[2]).dtype, ROUNDING["bfloat16"])

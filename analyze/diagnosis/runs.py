@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +13,9 @@ from ...store.errors import TraceNotFoundError
 from ...store.trace import Trace
 from ..align import AlignedSite, PromptPair, Selection, align, match_prompts
 from ..loading import load_sites
-from ..ranks import Columns, Stored
+from ..ranks import Stored
 from ..sites import Site, SiteInfo, sites_of
+from ..stored_pairs import selection_of
 from .config import ModelConfig
 
 FloatArray = npt.NDArray[np.float64]
@@ -120,7 +119,7 @@ class ComparedRuns:
         for row in rows:
             site = targets.get(row["target_sites"][0])
             if site is not None:
-                selection = _selection(row["transform_spec"])
+                selection = selection_of(row["transform_spec"])
                 found.setdefault(row["reference_sites"][0], []).append(
                     Counterpart(site, selection, selection == Selection())
                 )
@@ -200,19 +199,6 @@ class ComparedRuns:
             aligned = align(self.trace, (reference, baseline, target), prompts, counterpart.selection)
         chosen = {name: by_prompt for name, by_prompt in aligned.items() if phase in ("", name)}
         return _gather(chosen, counterpart is not None, elements, _last_axis(reference))
-
-
-def _selection(spec: str | None) -> Selection:
-    if spec is None:
-        return Selection()
-    read: dict[str, Any] = json.loads(spec)
-    if "start" in read:
-        return Selection(None, ((read["start"], read["stop"]),))
-    return Selection(_columns(read.get("reference")), _columns(read.get("target")))
-
-
-def _columns(ranges: list[list[int]] | None) -> Columns | None:
-    return None if ranges is None else tuple((start, stop) for start, stop in ranges)
 
 
 def _last_axis(stored: list[Stored]) -> int | None:

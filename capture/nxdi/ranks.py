@@ -53,12 +53,11 @@ class RankGroup:
         """
         self.ranks: list[Rank] = []
         self._selector = selectors.DefaultSelector()
-        try:
+        with contextlib.ExitStack() as unless_all_start:
+            unless_all_start.callback(self.stop)
             for number in range(size):
                 self._start(command, number, folder, {**os.environ, **variables})
-        except BaseException:
-            self.stop()
-            raise
+            unless_all_start.pop_all()
 
     def _start(self, command: Sequence[str], number: int, folder: Path, variables: Mapping[str, str]) -> None:
         reader, writer = os.pipe()

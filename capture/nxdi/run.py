@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -166,14 +167,13 @@ class _Session:
         command = [sys.executable, "-m", _WORKER, str(self._folder / "job.json")]
         variables = {"NXD_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
         self._progress("load", 0, 1)
-        try:
+        with ExitStack() as unless_all_end:
+            unless_all_end.callback(self._give_up)
             with RankGroup(command, self._capture.tp, self._folder, variables) as group:
                 self._group = group
                 codes = group.run(self._on_event)
                 words = {rank.number: last_words(rank.log) for rank in group.ranks}
-        except BaseException:
-            self._give_up()
-            raise
+            unless_all_end.pop_all()
         if any(codes) or len(self._results) < self._capture.tp:
             self._give_up()
             raise self._error(codes, words)

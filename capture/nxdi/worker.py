@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import signal
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...store.errors import SleuthError
 from ...store.manifest import Module, PromptTokens, RunManifest
 from ...store.run_writer import RunWriter
 from ..drive import bare_prefill, observer_effect, run_prompts
@@ -26,27 +23,14 @@ from .application import CpuSettings, build_application, build_config
 from .device_plan import ON_DEVICE_SAMPLING
 from .job import RankJob
 from .port import activate, load_class, parse_class
+from .rank_process import join_ranks, run_rank
 from .ranks import Parent
 from .taking import distinct_models, modules_of, take_from_hooks, take_from_library
-
-#: Interface for the ranks' sockets: they are on one machine.
-_LOOPBACK = "lo"
 
 
 def main(arguments: list[str]) -> int:
     """Run one rank; returns the exit code."""
-    job_path, rank, events, parent_id = arguments
-    parent = Parent(int(events), int(parent_id))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    try:
-        _run(RankJob.read(Path(job_path)), int(rank), parent)
-    except Exception as error:  # noqa: BLE001 (reported to the parent, which raises it)
-        traceback.print_exc()
-        expected = isinstance(error, SleuthError)
-        text = str(error) if expected else f"{type(error).__name__}: {error}"
-        parent.tell("error", message=text, expected=expected)
-        return 1
-    return 0
+    return run_rank(arguments, lambda path, rank, parent: _run(RankJob.read(path), rank, parent))
 
 
 def _run(job: RankJob, rank: int, parent: Parent) -> None:
@@ -56,7 +40,7 @@ def _run(job: RankJob, rank: int, parent: Parent) -> None:
     port = load_class(parse_class(job.port))
     config_class = load_class(parse_class(job.config)) if job.config else port.get_config_cls()
     settings = CpuSettings(parse_dtype(job.dtype), job.tp, job.generation.batch_size, job.length, job.options)
-    _join(job, rank)
+    join_ranks(job.rendezvous, rank, job.tp)
     if job.library_capture:
         settings = dataclasses.replace(settings, options={**ON_DEVICE_SAMPLING, **settings.options})
     config = build_config(port, config_class, Path(job.model), settings)
@@ -68,12 +52,6 @@ def _run(job: RankJob, rank: int, parent: Parent) -> None:
     manifest = RunManifest.from_json(Path(answer).read_bytes(), answer)
     _record(job, rank, parent, application, settings, manifest)
     torch.distributed.destroy_process_group()
-
-
-def _join(job: RankJob, rank: int) -> None:
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{job.rendezvous}", rank=rank, world_size=job.tp)
 
 
 def _record(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +15,18 @@ from ...capture.hf import parse_dtype, quiet_transformers
 from ...capture.nxdi.adapter import NxdiCausalModel
 from ...capture.nxdi.application import CpuSettings, build_application, build_config
 from ...capture.nxdi.port import activate, load_class, parse_class
+from ...capture.nxdi.rank_process import join_ranks, run_rank
 from ...capture.nxdi.ranks import Parent
-from ...store.errors import SleuthError
 from .sampling import Sampling, answer
 
 
 def main(arguments: list[str]) -> int:
     """Run one rank; returns the exit code."""
-    path, rank, events, parent_id = arguments
-    parent = Parent(int(events), int(parent_id))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    try:
-        _run(json.loads(Path(path).read_text(encoding="utf-8")), int(rank), parent)
-    except Exception as error:  # noqa: BLE001 (reported to the parent, which raises it)
-        traceback.print_exc()
-        expected = isinstance(error, SleuthError)
-        text = str(error) if expected else f"{type(error).__name__}: {error}"
-        parent.tell("error", message=text, expected=expected)
-        return 1
-    return 0
+    return run_rank(arguments, _run)
 
 
-def _run(job: dict[str, Any], rank: int, parent: Parent) -> None:
-    parent.tell("result", **run_job(job, rank))
+def _run(path: Path, rank: int, parent: Parent) -> None:
+    parent.tell("result", **run_job(json.loads(path.read_text(encoding="utf-8")), rank))
 
 
 def run_job(job: dict[str, Any], rank: int) -> dict[str, Any]:
@@ -58,10 +45,7 @@ def run_job(job: dict[str, Any], rank: int) -> dict[str, Any]:
     model_class = load_class(parse_class(job["port"]))
     config_class = load_class(parse_class(job["config"])) if job["config"] else model_class.get_config_cls()
     settings = CpuSettings(parse_dtype(job["dtype"]), job["tp"], job["batch"], job["length"], job["options"])
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    rendezvous = f"file://{job['rendezvous']}"
-    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=job["tp"])
+    join_ranks(job["rendezvous"], rank, job["tp"])
     try:
         started = time.perf_counter()
         config = build_config(model_class, config_class, Path(job["model"]), settings)
