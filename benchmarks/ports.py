@@ -77,7 +77,7 @@ def logits_only(name: str, folder: Path) -> bool:
         seconds = time.perf_counter() - started
         file = write_port(port, folder)
         file = file.rename(file.with_name(f"port_{name.replace('-', '_')}.py"))
-        errors = logit_errors(hostile_model(config), f"{file}:{port.class_name}")
+        errors = logit_errors(hostile_model(config), f"{file}:{port.class_name}", architecture)
     except InputError as error:
         print(f"{name:20} {error}", flush=True)
         return False

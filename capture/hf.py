@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 import xxhash
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ..store.errors import InputError
+from .packed import block_size, packed_weights, packing_of, unpacked
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
@@ -98,7 +100,8 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> torch.nn.Module:
     """The model in evaluation mode.
 
     A random initialisation is drawn in FP32 and then cast, so that runs of different dtypes share their weights;
-    buffers that the model keeps in FP32 (rotary frequencies) stay so.
+    buffers that the model keeps in FP32 (rotary frequencies) stay so. Packed weights (MXFP4, FP8 and INT8 with scales)
+    are unpacked.
 
     Raises:
         InputError: there are no weights, or they do not fit.
@@ -113,12 +116,25 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> torch.nn.Module:
         folder = source.path if source.path.is_dir() else source.path.parent
         if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
             raise InputError(f"{folder} holds no weights; add --random-init SEED to run the configuration without them")
-        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, **options
+        model_class, state = AutoModelForCausalLM, _unpacked_weights(config, folder)
+        if state is not None:
+            del config.quantization_config
+            model_class = AutoModelForCausalLM._model_mapping[type(config)]
+            options |= {"config": config, "state_dict": state}
+        model: torch.nn.Module = model_class.from_pretrained(
+            None if state is not None else folder, dtype=dtype, local_files_only=True, **options
         )
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{source.path} cannot be loaded: {_first_line(error)}") from error
     return model.eval()
+
+
+def _unpacked_weights(config: Any, folder: Path) -> dict[str, torch.Tensor] | None:
+    """A checkpoint's weights, unpacked; None where nothing is packed in a way that is known here."""
+    if not packing_of(config) or type(config) not in AutoModelForCausalLM._model_mapping:
+        return None
+    state = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return unpacked(state, block_size(config)) if packed_weights(tuple(state)) else None
 
 
 def _random_model(config: Any, seed: int, dtype: torch.dtype, options: dict[str, Any]) -> torch.nn.Module:

@@ -40,6 +40,8 @@ _DEEPSEEK_YARN = {
     "beta_slow": 1,
     "original_max_position_embeddings": 4096,
 }
+_MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+_FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
 #: Model type, and what differs from its default configuration.
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -91,8 +93,10 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "phimoe": ("phimoe", {}),
     "glm4_moe": ("glm4_moe", {}),
     "gpt_oss": ("gpt_oss", {}),
+    "gpt_oss-mxfp4": ("gpt_oss", {"quantization_config": _MXFP4}),
     "deepseek_v2": ("deepseek_v2", _DEEPSEEK_V2),
     "deepseek_v3": ("deepseek_v3", {"rope_scaling": _DEEPSEEK_YARN}),
+    "deepseek_v3-fp8": ("deepseek_v3", {"rope_scaling": _DEEPSEEK_YARN, "quantization_config": _FP8}),
 }
 
 

@@ -27,10 +27,11 @@ def main(folder: Path, names: list[str]) -> None:
     found = {}
     for name in names:
         config = configuration(name)
-        port = generate(analyse_config(config))
+        architecture = analyse_config(config)
+        port = generate(architecture)
         file = write_port(port, folder / name)
         file = file.rename(file.with_name(f"port_{name.replace('-', '_')}.py"))
-        errors = logit_errors(hostile_model(config), f"{file}:{port.class_name}")
+        errors = logit_errors(hostile_model(config), f"{file}:{port.class_name}", architecture)
         found[name] = [errors.prefill, errors.decode]
     print(json.dumps(found))
 

@@ -35,8 +35,8 @@ TESTED = (
     "olmo2",
     "cohere2",
     "phimoe",
-    "gpt_oss",
-    "deepseek_v3",
+    "gpt_oss-mxfp4",
+    "deepseek_v3-fp8",
 )
 
 

@@ -8,6 +8,7 @@ from ..spec.architecture import Architecture, Attention, FeedForward, MixtureOfE
 from .attention_plan import is_grouped
 from .expert_conversion import expert_lines
 from .mixture_plan import target_of
+from .packed_conversion import unpacking
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -22,8 +23,7 @@ def conversion_of(spec: Architecture) -> dict[str, Any]:
     prefix = spec.prefix
     renames = _renames(spec, prefix)
     inside = _renames_in_layers(spec)
-    head_lines: list[str] = []
-    functions: list[str] = []
+    head_lines, functions = unpacking(spec.packing)
     if renames or inside:
         head_lines.append("state_dict = rename(state_dict)")
         functions.append(_rename_source(spec, bool(renames), bool(inside)))

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
-from ...capture.hf import HuggingFaceCausalModel
+from ...capture.hf import HuggingFaceCausalModel, ModelSource, load_model
 from ...capture.nxdi.adapter import NxdiCausalModel
 from ...capture.nxdi.application import CpuSettings, build_application, build_config
 from ...capture.nxdi.port import activate, load_class, parse_class
+from ..spec.architecture import Architecture
 from ..spec.hostile import tokens_for
+from .hostile_checkpoint import save_checkpoint
 
 _LENGTH = 64
 
@@ -36,12 +38,15 @@ class LogitErrors:
 
 
 @torch.no_grad()
-def logit_errors(model: Any, port: str, *, prompt: int = 11, decoded: int = 8) -> LogitErrors:
+def logit_errors(
+    model: Any, port: str, architecture: Architecture | None = None, *, prompt: int = 11, decoded: int = 8
+) -> LogitErrors:
     """Run a port beside its model.
 
     Args:
         model: a small model of transformers in FP32.
         port: the port's class as FILE:CLASS.
+        architecture: the model's description, which says how its weights are packed; plain by default.
         prompt: tokens that are prefilled.
         decoded: tokens that are fed one by one afterwards.
 
@@ -54,7 +59,11 @@ def logit_errors(model: Any, port: str, *, prompt: int = 11, decoded: int = 8) -
     tokens = tokens_for(model.config, 2, prompt + decoded)
     with tempfile.TemporaryDirectory(prefix="sleuth-parity-") as scratch:
         folder = Path(scratch)
-        model.save_pretrained(folder)
+        if architecture is None or architecture.packing is None:
+            model.save_pretrained(folder)
+        else:
+            save_checkpoint(model, architecture, folder)
+            model = load_model(ModelSource(folder, attention="eager"), torch.float32)
         settings = CpuSettings(torch.float32, 1, tokens.shape[0], _LENGTH)
         config = build_config(port_class, port_class.get_config_cls(), folder, settings)
         application = build_application(port_class, config, folder, 0, 1)

@@ -24,6 +24,7 @@ from .feed_forward_facts import FeedForwardCase as FeedForwardCase
 from .feed_forward_facts import MixtureOfExperts as MixtureOfExperts
 from .feed_forward_facts import Router as Router
 from .feed_forward_facts import SharedExpert as SharedExpert
+from .packing import Packing as Packing
 
 #: Version of the document; a reader refuses others.
 VERSION = 1
@@ -180,6 +181,7 @@ class Architecture(Fact):
         feed_forward: its feed-forward block, by layer.
         head: the output side.
         ignored: patterns of checkpoint keys that carry nothing (buffers that are computed).
+        packing: how the checkpoint's weights are packed, None where they are plain.
         sources: where every field comes from.
         version: of this document.
     """
@@ -198,5 +200,6 @@ class Architecture(Fact):
     feed_forward: tuple[FeedForwardCase, ...]
     head: Head
     ignored: tuple[str, ...] = ()
+    packing: Packing | None = None
     sources: tuple[Source, ...] = field(default=(), repr=False)
     version: int = VERSION

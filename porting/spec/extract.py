@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ...capture.hf import ModelSource, load_config
+from ...capture.packed import plain_shapes
 from ...store.errors import InputError
 from .architecture import Architecture, FeedForwardCase, Layer, MaskCase, RotaryCase
 from .attention import AttentionAnalysis, LayerAttention, with_cases
@@ -24,6 +26,7 @@ from .hostile import hostile_model, tokens_for
 from .layers import LayerAnalysis, cases_of, find_layers
 from .mixture import MixtureAnalysis
 from .observation import Observation, observe, source_line
+from .packing import find_packing
 from .sources import Sources
 
 _IGNORED = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"attention\.(masked_)?bias$")
@@ -49,22 +52,27 @@ def analyse_model(path: Path) -> Architecture:
             `unsupported:` and names it.
     """
     config = load_config(ModelSource(path)).get_text_config()
-    architecture = analyse_config(config)
     keys = checkpoint_keys(path)
+    architecture = analyse_config(config, keys)
     if keys is not None:
-        check_checkpoint(architecture, config, keys)
+        check_checkpoint(architecture, config, plain_shapes(keys))
     return architecture
 
 
 @torch.no_grad()
-def analyse_config(config: Any) -> Architecture:
+def analyse_config(config: Any, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Architecture:
     """Analyse a configuration.
+
+    Args:
+        config: the configuration.
+        shapes: of the checkpoint's tensors by name, where there are any: they say how its weights are packed.
 
     Raises:
         InputError: as `analyse_model`.
     """
     if not isinstance(getattr(config, "num_hidden_layers", None), int):
         raise InputError(f"unsupported: {type(config).__name__} does not say how many layers the model has")
+    packing, packed_in = find_packing(config, shapes)
     model = hostile_model(config)
     small = model.config
     seen = observe(model, tokens_for(small))
@@ -100,10 +108,13 @@ def analyse_config(config: Any) -> Architecture:
         feed_forward=blocks,
         head=head,
         ignored=_IGNORED,
+        packing=packing,
     )
     _check_claims(seen, layers, parts, architecture)
     _add_classes(sources, seen, layers, first)
     _add_keys(sources, architecture)
+    if packing is not None:
+        sources.add("packing", packed_in)
     return replace(architecture, sources=sources.entries())
 
 

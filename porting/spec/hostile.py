@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from ...capture.packed import MXFP4, packing_of
 from ...store.errors import InputError
 
 #: Small values by configuration key. Keys that a configuration lacks stay out.
@@ -50,6 +51,8 @@ _SIZES: dict[str, Any] = {
 _SWITCHES = ("sliding_window", "attention_chunk_size", "q_lora_rank", "n_group", "topk_group", "n_shared_experts")
 _TIED_HEAD_DIM = _SIZES["hidden_size"] // _SIZES["num_attention_heads"]
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
+#: A width that consists of whole blocks of 32.
+_WHOLE_BLOCKS = 160
 #: Factors that are 1 (or what the size dictates) in many configurations, and would then go unseen.
 _FACTORS: dict[str, float] = {
     "attention_multiplier": 0.23,
@@ -110,6 +113,7 @@ def small_config(config: Any, *, free_head_dim: bool = True) -> Any:
     for key, value in wanted.items():
         setattr(small, key, value)
     _shorten_factors(small)
+    _unpack(small)
     small.eos_token_id = None
     small.use_cache = True
     return small
@@ -144,6 +148,15 @@ def _shorten_factors(config: Any) -> None:
     for key in ("short_factor", "long_factor"):
         if isinstance(scaling.get(key), list):
             scaling[key] = [1.0 + 0.07 * index for index in range(pairs)]
+
+
+def _unpack(config: Any) -> None:
+    """The small model is not packed; its sizes can be (4-bit floats come in blocks)."""
+    packing = packing_of(config)
+    if packing:
+        del config.quantization_config
+    if packing.get("quant_method") == MXFP4:
+        config.intermediate_size = _WHOLE_BLOCKS
 
 
 def _is_number(config: Any, key: str) -> bool:
