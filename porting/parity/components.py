@@ -13,6 +13,10 @@ from ..spec.architecture import Architecture, FeedForward, MixtureOfExperts
 from ..spec.expressions import Expressions
 
 _WEIGHTS = "the port returns no attention weights"
+_COPIES = "the port gives every query head a KV head: the first copy of each"
+_PADDING = "the port pads the vocabulary to a multiple of the ranks"
+_TABLES = "tables of rotary embeddings that differ by layer are compared by the attention that they make"
+_ROOT = "(root)"
 _CHOICES = "chosen experts and weights; the port is compared by scores and by the block's output"
 #: Routers return up to this many tensors.
 _ROUTER_OUTPUTS = 5
@@ -26,7 +30,14 @@ class Sizes:
     heads: int
     kv_heads: int
     head_dim: int
+    vocabulary: int
     tp: int
+
+    @property
+    def copies(self) -> list[list[int]]:
+        """Features of keys (and values) in the port that are each KV head's first copy."""
+        size = self.head_dim
+        return [[head * size, (head + 1) * size] for head in range(0, self.kv_heads * self.repeats, self.repeats)]
 
     @property
     def repeats(self) -> int:
@@ -42,7 +53,8 @@ def sizes_of(spec: Architecture, config: Any, tp: int) -> Sizes:
     heads, kv_heads, head_dim = (
         int(numbers.value(number.expression)) for number in (attention.heads, attention.kv_heads, attention.head_dim)
     )
-    return Sizes(int(config.num_hidden_layers), heads, kv_heads, head_dim, tp)
+    vocabulary = int(numbers.value(spec.vocabulary.expression))
+    return Sizes(int(config.num_hidden_layers), heads, kv_heads, head_dim, vocabulary, tp)
 
 
 @dataclass(frozen=True)
@@ -68,8 +80,13 @@ def component_mapping(spec: Architecture, sizes: Sizes, recorded: Collection[tup
     """
     modules = {module for module, _ in recorded}
     entries, reasons, transforms = [], [], []
-    for entry in (*map(_plain, _pairs(spec, sizes.n_layers)), *_fused(spec, sizes)):
-        module, bracket, rest = entry.source.partition("[")
+    for entry in (
+        *map(_plain, _pairs(spec, sizes.n_layers)),
+        *_fused(spec, sizes),
+        *_repeated(spec, sizes),
+        *_padded(spec, sizes),
+    ):
+        module, bracket, rest = entry.source.removeprefix(_ROOT).partition("[")
         if (module, rest.rstrip("]")) in recorded if bracket else entry.source in modules:
             entries.append([[entry.source.removesuffix("[]")], [entry.target] if entry.target else []])
             reasons.append(entry.reason)
@@ -113,10 +130,34 @@ def _fused(spec: Architecture, sizes: Sizes) -> Iterator[_Entry]:
         for part, (name, heads) in enumerate(zip(("q_proj", "k_proj", "v_proj"), first, strict=True)):
             ranges = {"reference": [[head * size, (head + 1) * size] for head in heads]}
             if part and sizes.repeats > 1:
-                copies = range(0, sizes.heads, sizes.repeats)
-                ranges["target"] = [[head * size, (head + 1) * size] for head in copies]
+                ranges["target"] = sizes.copies
             target = f"layers.{layer}.{attention.module}.qkv_proj.{name}"
             yield _Entry(source, target, "a part of the fused projection", ranges)
+
+
+def _repeated(spec: Architecture, sizes: Sizes) -> Iterator[_Entry]:
+    """Keys and values of which the port holds copies: in low precision, values alone do not tell."""
+    attention = spec.attention
+    if sizes.repeats == 1 or attention.layout != "separate" or attention.latent is not None:
+        return
+    norm = attention.query_key_norm
+    for layer in range(sizes.n_layers):
+        source, target = f"{spec.layer.path}.{layer}.{attention.module}", f"layers.{layer}.{attention.module}"
+        pairs = [(attention.projections[n], f"qkv_proj.{name}") for n, name in ((1, "k_proj"), (2, "v_proj"))]
+        if norm is not None and norm.scope == "head":
+            pairs.append((norm.key, "k_layernorm"))
+        for one, other in pairs:
+            yield _Entry(f"{source}.{one}", f"{target}.{other}", _COPIES, {"target": sizes.copies})
+
+
+def _padded(spec: Architecture, sizes: Sizes) -> Iterator[_Entry]:
+    """Logits beside which the port has those of tokens that do not exist."""
+    if sizes.vocabulary % sizes.tp == 0:
+        return
+    ranges = {"target": [[0, sizes.vocabulary]]}
+    if spec.head.scale is None and spec.head.softcap is None and spec.head.module == "lm_head":
+        yield _Entry("lm_head", "lm_head", _PADDING, ranges)
+    yield _Entry(f"{_ROOT}[logits]", f"{_ROOT}[0]", _PADDING, ranges)
 
 
 def _starts(sizes: Sizes) -> tuple[int, int]:
@@ -135,6 +176,10 @@ def _pairs(spec: Architecture, n_layers: int) -> Iterator[tuple[str, str, str]]:
         yield head.module, "", "the port scales or bounds logits in its projection: they are compared as logits"
     elif head.module.rpartition(".")[2] != "lm_head":
         yield head.module, "", "the port projects the last position only: it is compared as logits"
+    if len([case for case in spec.attention.rotary if case.rotary is not None]) > 1:
+        base = spec.layer.path.rpartition(".")[0]
+        for name in ("rotary_emb", "rotary_emb_local"):
+            yield from ((f"{base}.{name}{slot}", "", _TABLES) for slot in ("[0]", "[1]"))
     for layer in range(n_layers):
         source, target = f"{spec.layer.path}.{layer}", f"layers.{layer}"
         yield source, target, "the layer"
