@@ -100,13 +100,21 @@ def build_application(model_class: Any, config: Any, path: Path, rank: int, tp: 
             skip_collective_init=True,
         )
         application = model_class(str(path), config)
-        separate = bool(config.neuron_config.is_continuous_batching)
-        built: torch.nn.Module | None = None
-        for wrapper in application.models:
-            if built is None or separate:
-                built = _build_model(application, wrapper.model_cls, wrapper.config if separate else config, rank, tp)
-            wrapper.model = built
+        for part in parts_of(application):
+            separate = bool(config.neuron_config.is_continuous_batching)
+            built: torch.nn.Module | None = None
+            for wrapper in part.models:
+                if built is None or separate:
+                    built = _build_model(part, wrapper.model_cls, wrapper.config if separate else config, rank, tp)
+                wrapper.model = built
     return application.eval()
+
+
+def parts_of(application: Any) -> list[Any]:
+    """The applications that one consists of: encoder and decoder where they are two, else itself."""
+    if hasattr(application, "models"):
+        return [application]
+    return [child for child in application.children() if hasattr(child, "models")]
 
 
 def _build_model(application: Any, model_class: Any, config: Any, rank: int, tp: int) -> torch.nn.Module:

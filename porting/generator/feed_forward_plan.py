@@ -75,7 +75,7 @@ def _dense(block: FeedForward) -> dict[str, Any]:
         "class_suffix": "MLP",
         "given_width": False,
         "tuple": False,
-        **_block(block, names, down),
+        **block_plan(block, names, down),
     }
 
 
@@ -84,10 +84,11 @@ def _shared(block: FeedForward) -> dict[str, Any]:
         raise InputError("unsupported: a shared expert with a fused projection has no block yet")
     names = [block.gate, block.up] if block.kind == "gated" else [block.up]
     described = {"native": False, "class_suffix": "SharedExpert", "given_width": True, "tuple": False}
-    return {**described, **_block(block, names, block.down)}
+    return {**described, **block_plan(block, names, block.down)}
 
 
-def _block(block: FeedForward, names: list[str], down: str) -> dict[str, Any]:
+def block_plan(block: FeedForward, names: list[str], down: str) -> dict[str, Any]:
+    """What the template of a block prints: names of its projections, its activation, its width, its biases."""
     gated = block.kind == "gated"
     formula = f"{down}(act({names[0]}(x)) * {names[1]}(x))" if gated else f"{down}(act({names[0]}(x)))"
     return {

@@ -13,8 +13,10 @@ import jinja2
 from ...store.errors import InputError
 from ..spec.architecture import Architecture
 from ..spec.document import to_json
+from ..spec.encoder_decoder_facts import EncoderDecoder
+from .encoder_decoder_plan import encoder_decoder_plan
 from .imports import imports_for
-from .plan import plan, stem_of
+from .plan import plan, release_text, stem_of
 
 #: Folder of the port inside the output folder.
 PORT_FOLDER = "neuron_port"
@@ -26,7 +28,7 @@ class Port:
     """A generated port.
 
     Attributes:
-        class_name: the port's causal language model.
+        class_name: the port's language model.
         module: file name of the modeling file.
         files: text by path relative to the output folder.
     """
@@ -41,7 +43,7 @@ class Port:
         return f"{PORT_FOLDER}/{self.module}:{self.class_name}"
 
 
-def generate(spec: Architecture, sdk: str | None = None) -> Port:
+def generate(spec: Architecture | EncoderDecoder, sdk: str | None = None) -> Port:
     """The files of a port; the same spec and release give the same bytes.
 
     Args:
@@ -56,7 +58,8 @@ def generate(spec: Architecture, sdk: str | None = None) -> Port:
         f"{PORT_FOLDER}/{name}": modeling_text(spec, sdk),
         f"{PORT_FOLDER}/architecture.json": to_json(spec),
     }
-    return Port(f"Neuron{stem_of(spec)}ForCausalLM", name, files)
+    kind = "ForConditionalGeneration" if isinstance(spec, EncoderDecoder) else "ForCausalLM"
+    return Port(f"Neuron{stem_of(spec)}{kind}", name, files)
 
 
 def write_port(port: Port, folder: Path) -> Path:
@@ -68,9 +71,12 @@ def write_port(port: Port, folder: Path) -> Path:
     return folder / PORT_FOLDER / port.module
 
 
-def modeling_text(spec: Architecture, sdk: str | None = None) -> str:
+def modeling_text(spec: Architecture | EncoderDecoder, sdk: str | None = None) -> str:
     """The modeling file."""
-    context = plan(spec, sdk)
+    if isinstance(spec, EncoderDecoder):
+        file, context = "encoder_decoder.py.jinja", encoder_decoder_plan(spec, stem_of(spec), release_text(sdk))
+    else:
+        file, context = "modeling.py.jinja", plan(spec, sdk)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tensorsleuth.porting.generator"),
         trim_blocks=True,
@@ -79,7 +85,7 @@ def modeling_text(spec: Architecture, sdk: str | None = None) -> str:
         autoescape=False,  # noqa: S701 (Python source, not HTML)
         keep_trailing_newline=False,
     )
-    template = environment.get_template("modeling.py.jinja")
+    template = environment.get_template(file)
     body = template.render(**context, imports="")
     imports = imports_for(body, [spec.class_name])
     return formatted(re.sub(r"\n{4,}", "\n\n\n", template.render(**context, imports=imports)))

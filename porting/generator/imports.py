@@ -21,9 +21,16 @@ _MODULES: dict[str, tuple[str, ...]] = {
     f"{_NXD}.parallel_layers.utils": ("set_tensor_model_parallel_attributes",),
     f"{_NXD}.parallel_layers.mappings": ("reduce_from_tensor_model_parallel_region",),
     f"{_NXD}.utils": ("cpu_mode",),
+    f"{_NXDI}.models.application_base": ("NeuronApplicationBase",),
     f"{_NXDI}.models.config": ("InferenceConfig", "MoENeuronConfig", "NeuronConfig"),
     f"{_NXDI}.models.llama.modeling_llama": ("Llama3RotaryEmbedding", "NeuronLlamaMLP"),
     f"{_NXDI}.models.model_base": ("NeuronBaseForCausalLM", "NeuronBaseModel"),
+    f"{_NXDI}.models.model_wrapper": (
+        "CONTEXT_ENCODING_MODEL_TAG",
+        "TOKEN_GENERATION_MODEL_TAG",
+        "BaseModelInstance",
+        "ModelWrapper",
+    ),
     f"{_NXDI}.modules.attention.attention_base": (
         "FlashAttentionStrategy",
         "NeuronAttentionBase",
@@ -35,7 +42,13 @@ _MODULES: dict[str, tuple[str, ...]] = {
     f"{_NXDI}.modules.moe_v2": ("initialize_moe_module",),
     f"{_NXDI}.utils.hf_adapter": ("load_pretrained_config",),
 }
-_PLAIN = {"copy": "import copy", "math": "import math", "torch": "import torch", "nn": "from torch import nn"}
+_PLAIN = {
+    "copy": "import copy",
+    "math": "import math",
+    "os": "import os",
+    "torch": "import torch",
+    "nn": "from torch import nn",
+}
 
 
 def imports_for(text: str, transformers_names: Iterable[str]) -> str:
@@ -48,7 +61,7 @@ def imports_for(text: str, transformers_names: Iterable[str]) -> str:
     groups: list[list[str]] = [[], [], []]
     for name, statement in _PLAIN.items():
         if _uses(text, name):
-            groups[0 if name in ("copy", "math") else 1].append(statement)
+            groups[0 if name in ("copy", "math", "os") else 1].append(statement)
     top = sorted(name for name in transformers_names if _uses(text, name))
     if top:
         groups[1].append(f"from transformers import {', '.join(top)}")

@@ -38,9 +38,9 @@ def _forward(spec: Architecture, block: dict[str, Any]) -> Iterator[str]:
     for node in spec.layer.nodes:
         if len(node.terms) > 1 and node.terms not in sums:
             name = "residual" if not sums else f"residual_{len(sums) + 1}"
-            yield f"{name} = {_sum(node.terms, names, sums)}"
+            yield f"{name} = {sum_text(node.terms, names, sums)}"
             sums[node.terms] = name
-        given = _sum(node.terms, names, sums)
+        given = sum_text(node.terms, names, sums)
         if node.role == "attention":
             yield f"attention = self.{node.name}("
             yield f"    {given},"
@@ -54,10 +54,11 @@ def _forward(spec: Architecture, block: dict[str, Any]) -> Iterator[str]:
         called = block["name"] if node.role == "feed_forward" else node.name
         extra, first = (block["extra"], block["first"]) if node.role == "feed_forward" else ("", "")
         yield f"{names[node.name]} = self.{called}({given}{extra}){first}"
-    yield f"hidden_states = {_sum(spec.layer.output, names, sums)}"
+    yield f"hidden_states = {sum_text(spec.layer.output, names, sums)}"
 
 
-def _sum(terms: tuple[Term, ...], names: dict[str, str], sums: dict[tuple[Term, ...], str]) -> str:
+def sum_text(terms: tuple[Term, ...], names: dict[str, str], sums: dict[tuple[Term, ...], str]) -> str:
+    """A sum as an expression: `names` of the nodes' outputs, and names of `sums` that were computed before."""
     if terms in sums:
         return sums[terms]
     parts = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ...store.errors import InputError
@@ -37,7 +37,12 @@ def _all_norms(spec: Architecture) -> Iterator[Norm]:
 
 
 def norm_plan(spec: Architecture) -> dict[str, Any]:
-    rms = {(norm.offset, norm.rounding) for norm in _all_norms(spec) if norm.kind == "rms"}
+    return plan_of_norms(_all_norms(spec))
+
+
+def plan_of_norms(norms: Iterable[Norm]) -> dict[str, Any]:
+    """Which class of its own a port needs for its norms: `define`, and if so its `kind` and `offset`."""
+    rms = {(norm.offset, norm.rounding) for norm in norms if norm.kind == "rms"}
     if len(rms) > 1:
         raise InputError("unsupported: two kinds of RMS norm in one model have no block yet")
     if not rms:

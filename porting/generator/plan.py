@@ -12,6 +12,7 @@ from typing import Any
 from ...store.errors import InputError
 from ..spec.architecture import Architecture
 from ..spec.document import numbers_in
+from ..spec.encoder_decoder_facts import EncoderDecoder
 from .attention_plan import attention_plan, heads_norm_plan, rotary_plan
 from .conversion import conversion_of
 from .ends_plan import embedding_plan, head_plan
@@ -35,8 +36,7 @@ def plan(spec: Architecture, sdk: str | None) -> dict[str, Any]:
     Raises:
         InputError: the release is unknown, or the architecture needs a block that does not exist.
     """
-    if sdk is not None and sdk not in RELEASES:
-        raise InputError(f"SDK {sdk!r} is unknown; choose one of {', '.join(RELEASES)}")
+    release = release_text(sdk)
     stem = stem_of(spec)
     latent = spec.attention.latent
     attention = (attention_plan if latent is None else latent_plan)(spec, stem, sdk or next(iter(RELEASES)))
@@ -46,7 +46,7 @@ def plan(spec: Architecture, sdk: str | None) -> dict[str, Any]:
         "spec": spec,
         "stem": stem,
         "facts_file": "architecture.json",
-        "release": f" {RELEASES[sdk]} (SDK {sdk})" if sdk else "",
+        "release": release,
         "latent": latent,
         "norm": norm_plan(spec),
         "heads_norm": heads_norm_plan(spec),
@@ -63,7 +63,18 @@ def plan(spec: Architecture, sdk: str | None) -> dict[str, Any]:
     }
 
 
-def stem_of(spec: Architecture) -> str:
+def release_text(sdk: str | None) -> str:
+    """How a port's first line names the release of the Neuron SDK it is for; empty for a port that all of them run.
+
+    Raises:
+        InputError: the release is unknown.
+    """
+    if sdk is not None and sdk not in RELEASES:
+        raise InputError(f"SDK {sdk!r} is unknown; choose one of {', '.join(RELEASES)}")
+    return f" {RELEASES[sdk]} (SDK {sdk})" if sdk else ""
+
+
+def stem_of(spec: Architecture | EncoderDecoder) -> str:
     """The model's name in class names: `Llama` of LlamaForCausalLM."""
     return re.sub(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", "", spec.class_name)
 

@@ -12,6 +12,7 @@ from typing import Any
 from ...store.errors import InputError
 from . import architecture
 from .architecture import VERSION, Architecture, Number
+from .encoder_decoder_facts import EncoderDecoder
 
 _JSON_TYPES: dict[Any, dict[str, Any]] = {
     str: {"type": "string"},
@@ -22,7 +23,7 @@ _JSON_TYPES: dict[Any, dict[str, Any]] = {
 }
 
 
-def to_json(spec: Architecture) -> str:
+def to_json(spec: Architecture | EncoderDecoder) -> str:
     """The spec as JSON; equal specs give equal text."""
     return json.dumps(dataclasses.asdict(spec), indent=2) + "\n"
 

@@ -25,7 +25,14 @@ _WIDTHS = (
     "config.shared_expert_intermediate_size",
     "config.moe_intermediate_size * config.n_shared_experts",
 )
-_ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation", "feed_forward_proj")
+_ACTIVATION_KEYS = (
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "activation",
+    "dense_act_fn",
+    "feed_forward_proj",
+)
 
 
 def is_linear(module: torch.nn.Module) -> bool:

@@ -11,7 +11,7 @@ import copy
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from ...capture.packed import MXFP4, packing_of
 from ...store.errors import InputError
@@ -46,7 +46,14 @@ _SIZES: dict[str, Any] = {
     "qk_nope_head_dim": 24,
     "qk_rope_head_dim": 16,
     "v_head_dim": 20,
+    "d_ff": 112,
+    "d_kv": 24,
+    "num_decoder_layers": 3,
+    "relative_attention_num_buckets": 12,
+    "relative_attention_max_distance": 13,
 }
+#: Where the size of heads has a key of its own and ranks pad heads, a number that no number of ranks divides.
+_HEADS_TO_PAD = 5
 #: Absent or null in many configurations, where they switch a feature off.
 _SWITCHES = ("sliding_window", "attention_chunk_size", "q_lora_rank", "n_group", "topk_group", "n_shared_experts")
 _TIED_HEAD_DIM = _SIZES["hidden_size"] // _SIZES["num_attention_heads"]
@@ -98,6 +105,8 @@ def small_config(config: Any, *, free_head_dim: bool = True) -> Any:
     if "qk_rope_head_dim" in wanted:  # configurations of latent attention call the rotated part the head
         wanted["head_dim"] = wanted["qk_rope_head_dim"]
         wanted["qk_head_dim"] = wanted["qk_rope_head_dim"] + wanted["qk_nope_head_dim"]
+    if "d_kv" in known:
+        wanted["num_attention_heads"] = _HEADS_TO_PAD
     for key in _KV_HEADS:
         if key in known:
             wanted[key] = _kv_heads(config, key)
@@ -180,7 +189,7 @@ def hostile_model(config: Any, seed: int = 0) -> Any:
         model = random_model(small, seed)
         try:
             with torch.no_grad():
-                model(input_ids=tokens_for(small), use_cache=False)
+                model(input_ids=tokens_for(small), use_cache=False, **decoder_inputs(small))
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
             continue
@@ -218,14 +227,15 @@ def random_model(config: Any, seed: int = 0) -> Any:
 def _built(config: Any, seed: int) -> Any:
     """A model as its classes initialise it; where the library's own initialisation fails, as constructors do."""
     torch.manual_seed(seed)
+    family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
         try:
-            return AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
+            return family.from_config(config, attn_implementation="eager").float()
         except AttributeError:
             from transformers.modeling_utils import no_init_weights
 
             with no_init_weights():
-                return AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
+                return family.from_config(config, attn_implementation="eager").float()
     except (ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
         raise InputError(f"{config.model_type} cannot be built small: {type(error).__name__}: {error}") from error
 
@@ -238,3 +248,10 @@ def tokens_for(config: Any, batch: int = 2, length: int = 17, seed: int = 1) -> 
     """Random token ids, (batch, length); padding and special tokens do not occur."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, config.get_text_config().vocab_size, (batch, length), generator=generator)
+
+
+def decoder_inputs(config: Any, batch: int = 2, length: int = 15, seed: int = 2) -> dict[str, torch.Tensor]:
+    """What an encoder-decoder is given beside the source: tokens of another number; nothing for other models."""
+    if not config.is_encoder_decoder:
+        return {}
+    return {"decoder_input_ids": tokens_for(config, batch, length, seed)}

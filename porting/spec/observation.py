@@ -111,16 +111,17 @@ class Observation:
 
 
 @torch.no_grad()
-def observe(model: torch.nn.Module, tokens: torch.Tensor) -> Observation:
+def observe(model: torch.nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor) -> Observation:
     """Run a model once and keep what its modules saw.
 
     Args:
-        model: a causal language model that attends with plain operators ("eager").
+        model: a language model that attends with plain operators ("eager").
         tokens: token ids, (batch, length).
+        inputs: further inputs, for example `decoder_input_ids`.
     """
     watcher = _Watcher()
     with watcher.on(model):
-        output = model(input_ids=tokens, use_cache=False)
+        output = model(input_ids=tokens, use_cache=False, **inputs)
     calls = tuple(sorted(watcher.calls, key=lambda call: call.order))
     return Observation(model, model.config, tokens, calls, watcher.functions.found, output.logits)
 

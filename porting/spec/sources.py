@@ -30,3 +30,24 @@ class Sources:
     def entries(self) -> tuple[Source, ...]:
         """All of them, by field."""
         return tuple(Source(field, "; ".join(self._origins[field])) for field in sorted(self._origins))
+
+
+class PartSources(Sources):
+    """Origins of a part: its fields get a prefix, and go to the whole."""
+
+    def __init__(self, whole: Sources, prefix: str, renamed: tuple[str, str] = ("", "")) -> None:
+        """Write into other sources.
+
+        Args:
+            whole: the sources.
+            prefix: what fields are inside of.
+            renamed: the first word of a field, and what it is called there.
+        """
+        super().__init__()
+        self._whole, self._prefix, self._renamed = whole, prefix, renamed
+
+    def add(self, field: str, *origins: str) -> None:
+        """Note origins of a field of the part."""
+        words = [word for word in field.split(".") if not word.isdigit()]
+        words[0] = self._renamed[1] if words[0] == self._renamed[0] else words[0]
+        self._whole.add(".".join((self._prefix, *words)), *origins)
