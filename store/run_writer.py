@@ -1,21 +1,23 @@
-"""Recording one rank of a run: a bounded queue, a writer thread and rolling shards.
+"""Recording one rank of a run: a bounded queue, two threads and rolling shards.
 
 Producers call `put` from forward hooks. It returns at once unless more than `queue_bytes` are waiting, in which
-case it blocks: memory stays bounded and nothing is dropped. The writer thread never touches the catalog.
+case it blocks: memory stays bounded and nothing is dropped. One thread hashes and summarises the next tensor while
+the other stores the one before it; neither touches the catalog.
 
 A forward pass that keeps every core busy is slowed by a thread beside it by more than that thread's work, because its
-own threads wait for each other. The writer then takes turns instead: it lets tensors gather, and `put` waits while it
-stores them.
+own threads wait for each other. The writer then takes turns instead: it lets tensors gather, and `put` waits while they
+are stored.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import queue
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -33,10 +35,12 @@ SHARD_BYTES = 1 << 30
 QUEUE_BYTES = 256 << 20
 #: How many bytes gather before the writer takes its turn, when it takes turns.
 TURN_BYTES = 32 << 20
+#: How many summarised tensors may wait to be stored.
+_AHEAD = 2
 
 
 class ValueSource(Protocol):
-    """Values that the writer reads in its own thread, once per `put`.
+    """Values that the writer reads in its own threads, once per `put`.
 
     Attributes:
         memo: what the writer found out about the values, kept for the next `put` of the same source.
@@ -50,6 +54,23 @@ class ValueSource(Protocol):
 
     def values(self) -> AbstractContextManager[npt.NDArray[Any]]:
         """C-contiguous values, guaranteed unchanged while the context is open."""
+
+
+@dataclass(frozen=True)
+class _Summarised:
+    """A tensor between the two threads.
+
+    Attributes:
+        key: where and when it appeared.
+        array: its values.
+        content: their digest and statistics.
+        held: guarantees the values until it is closed.
+    """
+
+    key: TensorKey
+    array: npt.NDArray[Any]
+    content: Content
+    held: ExitStack
 
 
 @dataclass(frozen=True)
@@ -76,7 +97,7 @@ class RunWriter:
         queue_bytes: int = QUEUE_BYTES,
         take_turns: bool = False,
     ) -> None:
-        """Lock the rank and start the writer thread.
+        """Lock the rank and start the threads.
 
         Args:
             folder: the run's folder; it exists.
@@ -100,14 +121,19 @@ class RunWriter:
         self._waiting_bytes = 0
         self._turn_bytes = min(TURN_BYTES, queue_bytes) if take_turns else 0
         self._draining = False
-        self._busy = False
+        self._n_taken = 0
         self._closing = False
         self._error: BaseException | None = None
         self._shard: ShardWriter | None = None
         self._next_shard = 0
         self._n_tensors = self._nbytes = self._stored_nbytes = 0
-        self._thread = threading.Thread(target=self._work, name=f"shards-{run}-{rank}", daemon=True)
-        self._thread.start()
+        self._summarised: queue.Queue[_Summarised | None] = queue.Queue(maxsize=_AHEAD)
+        self._threads = [
+            threading.Thread(target=target, name=f"{name}-{run}-{rank}", daemon=True)
+            for name, target in (("summaries", self._summarise), ("shards", self._work))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def totals(self) -> Totals:
@@ -142,7 +168,7 @@ class RunWriter:
         """Let the writer store what is queued, and wait for it if asked to."""
         self._draining = True
         self._condition.notify_all()
-        while wait and (self._queue or self._busy) and self._error is None:
+        while wait and (self._queue or self._n_taken) and self._error is None:
             self._condition.wait()
         self._raise_error()
 
@@ -155,7 +181,8 @@ class RunWriter:
         with self._condition:
             self._closing = self._draining = True
             self._condition.notify_all()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         (self._folder / lock_name(self._rank)).unlink(missing_ok=True)
         os.close(self._lock_fd)
         self._raise_error()
@@ -169,48 +196,73 @@ class RunWriter:
         if self._error is not None:
             raise self._error
 
+    def _summarise(self) -> None:
+        """Take tensors from the queue, hash and summarise them, and pass them on."""
+        while (item := self._next()) is not None:
+            self._attempt(self._pass_on, *item)
+        self._summarised.put(None)
+
+    def _pass_on(self, key: TensorKey, source: ValueSource) -> None:
+        with ExitStack() as stack:
+            array = stack.enter_context(source.values())
+            content = source.memo = source.memo or content_of(array)
+            self._summarised.put(_Summarised(key, array, content, stack.pop_all()))
+
     def _work(self) -> None:
-        try:
-            while (item := self._next()) is not None:
-                self._store(*item)
-            self._seal()
-        except Exception as error:  # noqa: BLE001 (the producer raises it on its next call; silence would block it)
-            # HDF5 reports a full disk as RuntimeError or ValueError.
-            self._error = error if not isinstance(error, (ValueError, RuntimeError)) else _as_os_error(error)
-            if self._shard is not None:
-                self._shard.abandon()
-        finally:
+        """Store what was summarised; after an error let go of the rest."""
+        while (item := self._summarised.get()) is not None:
+            self._attempt(self._store, item)
             with self._condition:
-                self._busy = False
-                self._queue.clear()
+                self._n_taken -= 1
                 self._condition.notify_all()
+        if self._error is None:
+            self._attempt(self._seal)
+        if self._error is not None and self._shard is not None:
+            self._shard.abandon()
+
+    def _attempt(self, action: Callable[..., None], *arguments: object) -> None:
+        try:
+            action(*arguments)
+        except Exception as error:  # noqa: BLE001 (the producer raises it on its next call; silence would block it)
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """Note the first error, empty the queue and wake up whoever waits."""
+        # HDF5 reports a full disk as RuntimeError or ValueError.
+        with self._condition:
+            if self._error is None:
+                self._error = error if not isinstance(error, (ValueError, RuntimeError)) else _as_os_error(error)
+            self._queue.clear()
+            self._waiting_bytes = 0
+            self._condition.notify_all()
 
     def _next(self) -> tuple[TensorKey, ValueSource] | None:
         with self._condition:
-            self._busy = False
             if not self._queue:
                 self._draining = self._closing
-                self._condition.notify_all()
-            while not (self._queue and self._draining) and not self._closing:
+            while not (self._queue and self._draining) and not self._closing and self._error is None:
                 self._condition.wait()
-            if not self._queue:
+            if not self._queue or self._error is not None:
                 return None
-            self._busy = True
             item = self._queue.popleft()
+            self._n_taken += 1
             self._waiting_bytes -= item[1].nbytes
             self._condition.notify_all()
             return item
 
-    def _store(self, key: TensorKey, source: ValueSource) -> None:
-        if self._shard is None:
-            number = self._next_shard
-            path = self._folder / shard_name(self._rank, number)
-            self._shard = ShardWriter(path, self._run, self._rank, number)
-            self._next_shard += 1
-        before = self._shard.nbytes
-        with source.values() as array:
-            content = source.memo = source.memo or content_of(array)
-            row = self._shard.add(self._n_tensors, key, array, content, statistics_only=self._statistics_only)
+    def _store(self, item: _Summarised) -> None:
+        with item.held:
+            if self._error is not None:
+                return
+            if self._shard is None:
+                number = self._next_shard
+                path = self._folder / shard_name(self._rank, number)
+                self._shard = ShardWriter(path, self._run, self._rank, number)
+                self._next_shard += 1
+            before = self._shard.nbytes
+            row = self._shard.add(
+                self._n_tensors, item.key, item.array, item.content, statistics_only=self._statistics_only
+            )
         self._n_tensors += 1
         self._nbytes += row.nbytes
         self._stored_nbytes += self._shard.nbytes - before

@@ -93,12 +93,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """While it is not set, the writer thread stores nothing: what is handed over has to wait."""
     opened = threading.Event()
-    store = RunWriter._store
+    pass_on = RunWriter._pass_on
 
-    def wait_and_store(self: RunWriter, key: TensorKey, source: Any) -> None:
+    def wait_and_pass_on(self: RunWriter, key: TensorKey, source: Any) -> None:
         opened.wait(30)
-        store(self, key, source)
+        pass_on(self, key, source)
 
-    monkeypatch.setattr(RunWriter, "_store", wait_and_store)
+    monkeypatch.setattr(RunWriter, "_pass_on", wait_and_pass_on)
     yield opened
     opened.set()
