@@ -198,6 +198,10 @@ def mistakes(right: law.Attention, scene: Scene, *, decode: bool) -> Iterator[Mi
             ("zero", "keys and values of decoded tokens are zero: they were never written to the cache"),
             ("unseen", "decoded tokens do not see each other"),
             ("own_unseen", "a decoded token does not see itself"),
+            ("late_keys", "keys of decoded tokens are written one slot late"),
+            ("late_values", "values of decoded tokens are written one slot late"),
+            ("late", "keys and values of decoded tokens are written one slot late"),
+            ("overwritten", "the first decoded token is written over the prompt's last one"),
         ):
             yield "stale_cache", {"decoded": what}, summary, remedy, {"decoded": what}
     low = scene.runs.target_dtype
@@ -264,16 +268,19 @@ def _rotations(right: law.Attention) -> Iterator[Mistake]:
         return
     names = {law.HALF: "the two halves of a head", law.PAIRS: "neighbouring dimensions"}
     other = law.PAIRS if right.rotation == law.HALF else law.HALF
-    yield (
-        "rope_layout",
-        {"rotation": other},
-        f"the rotation pairs {names[other]} instead of {names[right.rotation]}",
-        f"pair {names[right.rotation]}, or permute the rows of q_proj and k_proj accordingly",
-        {"rotation": other},
-    )
+    for relaid in (False,) if right.once else (False, True):
+        yield (
+            "rope_layout",
+            {"rotation": other, "relaid": relaid},
+            f"the rotation pairs {names[other]} instead of {names[right.rotation]}"
+            + (", and so do the angles" if relaid else ""),
+            f"pair {names[right.rotation]}, or permute the rows of q_proj and k_proj accordingly",
+            {"rotation": other, "relaid": relaid},
+        )
     size = right.shape.head_dim
-    for rotated, strided in ((size // 2, False), (size // 2, True), (size // 4, False), (size // 4, True)):
-        if right.rotation == law.HALF and rotated >= 4 and not right.once:
+    shares = ((size // 2, False), (size // 2, True), (size // 4, False), (size // 4, True), (3 * size // 4, False))
+    for rotated, strided in shares if right.rotation == law.HALF else ():
+        if rotated >= 4 and rotated % 2 == 0:
             yield (
                 "rope_partial",
                 {"rotated": rotated, "strided": strided},

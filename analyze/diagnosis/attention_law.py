@@ -43,11 +43,14 @@ class Attention:
         repeat: how query heads share KV heads.
         forget: keys from the first on that nobody sees.
         decoded: what became of the keys and values that decode steps write: `kept`, `zero_keys`, `zero_values`, `zero`,
-            `unseen` (nobody but their own token sees them) or `own_unseen` (their own token does not see them).
+            `unseen` (nobody but their own token sees them), `own_unseen` (their own token does not see them),
+            `late_keys`, `late_values`, `late` (each slot holds what belongs into the one before) or `overwritten` (the
+            first decoded token took the place of the prompt's last).
         low: a dtype to which scores and weights are rounded, or None.
         rotated: leading dimensions of a head that are rotated, None for as many as cosine and sine have.
         strided: with `rotated`, frequencies are spread over these dimensions instead of cut off.
         once: cosine and sine are given once per pair of dimensions.
+        relaid: cosine and sine, given for the other pairing, are laid out anew for this one.
     """
 
     shape: Shape
@@ -66,6 +69,7 @@ class Attention:
     rotated: int | None = None
     strided: bool = False
     once: bool = False
+    relaid: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,10 @@ class Sequence:
 
 
 def attend(law: Attention, sequence: Sequence) -> FloatArray:
-    """Outputs of all heads side by side, before the output projection: `[rows, heads head_dim]`."""
+    """Outputs of all heads side by side, before the output projection: `[rows, heads head_dim]`.
+
+    A row whose query sees no key is NaN: what a port makes of it depends on the value that hides keys.
+    """
     shape, n = law.shape, len(sequence.query)
     query = sequence.query.reshape(n, shape.heads, shape.head_dim)
     key = sequence.key.reshape(len(sequence.key), shape.kv_heads, shape.head_dim)
@@ -99,17 +106,29 @@ def attend(law: Attention, sequence: Sequence) -> FloatArray:
         query = _rotate(query, sequence, sequence.positions + law.query_shift, law)
         key = _rotate(key, sequence, np.arange(len(key)) + law.key_shift, law)
     decoded = np.arange(len(key)) >= sequence.prompt_length
-    if law.decoded in ("zero_keys", "zero"):
-        key = np.where(decoded[:, None, None], 0.0, key)
-    if law.decoded in ("zero_values", "zero"):
-        value = np.where(decoded[:, None, None], 0.0, value)
+    key = _cached(law.decoded, "keys", key, sequence.prompt_length)
+    value = _cached(law.decoded, "values", value, sequence.prompt_length)
     hidden = ~_visible(law, sequence.positions, len(key), decoded)
+    blind = hidden.all(axis=1)
+    hidden[blind] = False
     mixed = np.empty((n, shape.heads, shape.head_dim))
     for head in range(shape.heads):
         shared = head % shape.kv_heads if law.repeat == ROUNDS else head * shape.kv_heads // shape.heads
         scores = query[:, head] @ key[:, shared].T * law.scale
         mixed[:, head] = _softmax(law, head, _rounded(scores, law), hidden) @ value[:, shared]
+    mixed[blind] = np.nan
     return mixed.reshape(n, -1)
+
+
+def _cached(law: str, what: str, slots: FloatArray, prompt: int) -> FloatArray:
+    """Keys or values as decode steps find them in the cache, `[positions, kv_heads, head_dim]`."""
+    if law in ("zero", f"zero_{what}"):
+        return np.where(np.arange(len(slots))[:, None, None] >= prompt, 0.0, slots)
+    if law in ("late", f"late_{what}") and prompt > 0:
+        return np.concatenate([slots[:prompt], slots[prompt - 1 : -1]])
+    if law == "overwritten" and 0 < prompt < len(slots):
+        return np.concatenate([slots[: prompt - 1], slots[prompt : prompt + 1], slots[prompt:]])
+    return slots
 
 
 def _visible(law: Attention, positions: IntArray, n_keys: int, decoded: np.ndarray) -> np.ndarray:
@@ -123,8 +142,6 @@ def _visible(law: Attention, positions: IntArray, n_keys: int, decoded: np.ndarr
         seen &= ~decoded | (distance == 0)
     if law.decoded == "own_unseen":
         seen &= ~(decoded & (distance == 0))
-    nothing = ~seen.any(axis=1)
-    seen[nothing] = True  # a row of equal scores, as a finite minimum gives
     return np.asarray(seen)
 
 
@@ -168,11 +185,13 @@ def _rotate(heads: FloatArray, sequence: Sequence, at: IntArray, law: Attention)
 
 def _angles(values: FloatArray, heads: FloatArray, law: Attention) -> FloatArray:
     """Cosine or sine for the rotated dimensions, `[tokens, 1, rotated]`, given once per pair or once per dimension."""
-    size = heads.shape[-1]
-    if values.shape[-1] * 2 <= size and law.rotated is None and law.once:
-        values = np.repeat(values, 2, axis=-1) if law.rotation == PAIRS else np.concatenate([values, values], axis=-1)
-    if law.rotated is not None and law.rotated < values.shape[-1]:
-        half = values[:, : values.shape[-1] // 2]
+    size, kept = heads.shape[-1], values
+    if law.rotated is not None and law.rotated < size:
+        half = values if law.once else values[:, : values.shape[-1] // 2]
         kept = half[:, :: half.shape[1] // (law.rotated // 2)] if law.strided else half[:, : law.rotated // 2]
-        values = np.concatenate([kept, kept], axis=-1)
-    return np.asarray(values[:, None, : min(values.shape[-1], size)])
+    elif law.relaid:
+        kept = values[:, : values.shape[-1] // 2] if law.rotation == PAIRS else values[:, ::2]
+    elif not (law.once and values.shape[-1] * 2 <= size):
+        return np.asarray(values[:, None, :size])
+    kept = np.repeat(kept, 2, axis=-1) if law.rotation == PAIRS else np.concatenate([kept, kept], axis=-1)
+    return np.asarray(kept[:, None])

@@ -19,7 +19,8 @@ from .runs import ComparedRuns, Counterpart
 from .scene import Scene
 from .signatures import weights, where
 
-FAMILIES: tuple[Family, ...] = (
+#: Laws come first: what they say that a site should hold is what the others start from.
+LAWS: tuple[Family, ...] = (
     *norms.FAMILIES,
     *rotary.FAMILIES,
     *activations.FAMILIES,
@@ -27,11 +28,8 @@ FAMILIES: tuple[Family, ...] = (
     *residual.FAMILIES,
     *routing.FAMILIES,
     *output.FAMILIES,
-    *places.FAMILIES,
-    *factors.FAMILIES,
 )
-
-
+REARRANGEMENTS: tuple[Family, ...] = (*places.FAMILIES, *factors.FAMILIES)
 #: How much more (squared) a fitted prediction has to explain than one without fitted numbers.
 _FITTED = 1.5
 _ALSO_COMPARED = """
@@ -109,7 +107,12 @@ def open_scene(runs: ComparedRuns, origin: Origin) -> Scene:
 
 def predictions(scene: Scene) -> Iterator[Prediction]:
     """What every hypothesis that applies predicts."""
-    for family in FAMILIES:
+    for family in LAWS:
+        for prediction in family(scene):
+            if prediction.cause == INHERITED and prediction.values.shape == scene.target.shape:
+                scene.expected = prediction.values
+            yield prediction
+    for family in REARRANGEMENTS:
         yield from family(scene)
 
 

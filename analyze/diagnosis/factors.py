@@ -17,7 +17,7 @@ _CLIPPED = 1e-3
 
 def multiplier(scene: Scene) -> Iterator[Prediction]:
     """t = c r: a factor left out, applied twice or put in; named where the config has the number."""
-    r, t = scene.reference, scene.target
+    r, t = scene.expected, scene.target
     square = float(np.square(r).sum())
     if square == 0.0:
         return
@@ -65,7 +65,7 @@ def bias(scene: Scene) -> Iterator[Prediction]:
         ):
             yield Prediction(
                 cause,
-                scene.reference + factor * stored.reshape(-1),
+                scene.expected + factor * stored.reshape(-1),
                 f"the bias of {scene.site.module} {what}",
                 "load the bias (many checkpoint converters drop it) and enable it in the port's layer"
                 if factor < 0
@@ -73,10 +73,10 @@ def bias(scene: Scene) -> Iterator[Prediction]:
             )
     if len(scene.target) < 4:
         return
-    offset = (scene.target - scene.reference).mean(axis=0)
+    offset = (scene.target - scene.expected).mean(axis=0)
     yield Prediction(
         "feature_offset",
-        scene.reference + offset,
+        scene.expected + offset,
         "every feature is off by a constant of its own",
         "compare the bias of this module, or of what it adds, with the checkpoint",
         DESCRIPTION,
@@ -87,7 +87,7 @@ def bias(scene: Scene) -> Iterator[Prediction]:
 
 def feature_gain(scene: Scene) -> Iterator[Prediction]:
     """t = r g with one g per feature: a norm weight or a per-channel scale that is not the checkpoint's."""
-    r, t = scene.reference, scene.target
+    r, t = scene.expected, scene.target
     if len(t) < 4:
         return
     square = np.square(r).sum(axis=0)
@@ -105,7 +105,7 @@ def feature_gain(scene: Scene) -> Iterator[Prediction]:
 
 def token_factor(scene: Scene) -> Iterator[Prediction]:
     """t = s r with one s per token: a normalisation over the features, or a routing weight, is off."""
-    r, t = scene.reference, scene.target
+    r, t = scene.expected, scene.target
     if scene.features < 4:
         return
     square = np.square(r).sum(axis=1)
@@ -123,7 +123,7 @@ def token_factor(scene: Scene) -> Iterator[Prediction]:
 
 def clipped(scene: Scene) -> Iterator[Prediction]:
     """t = clip(r): values saturate, as in FP8 or FP16, or a limit was put in."""
-    r, t = scene.reference, scene.target
+    r, t = scene.expected, scene.target
     low, high = float(t.min()), float(t.max())
     tops = float((t == high).mean()) + float((t == low).mean())
     beyond = float(((r > high) | (r < low)).mean())
@@ -142,7 +142,7 @@ def clipped(scene: Scene) -> Iterator[Prediction]:
 
 def lost_parts(scene: Scene) -> Iterator[Prediction]:
     """Features that are zero, or blocks of features that repeat the first: shards lost or the same on every rank."""
-    r, t = scene.reference, scene.target
+    r, t = scene.expected, scene.target
     zero = ~t.any(axis=0) & r.any(axis=0)
     if zero.any() and not zero.all():
         first, last = np.flatnonzero(zero)[[0, -1]]

@@ -15,6 +15,8 @@ from .scene import Scene
 #: How much a hypothesis says: a law recomputed with one thing changed; one number; a rearrangement; a number for every
 #: feature or token. Of two that explain a target equally well, the more specific is believed.
 LAW, NUMBER, PATTERN, DESCRIPTION = range(4)
+#: Share of the tokens that a prediction may leave open.
+_OPEN = 0.25
 #: The site does what it should, given the target's own inputs: its error came from before.
 INHERITED = "inherited"
 
@@ -25,7 +27,7 @@ class Prediction:
 
     Attributes:
         cause: the hypothesis by name; causes have an entry in the knowledge base.
-        values: `[tokens, features]`.
+        values: `[tokens, features]`. Rows of NaN are left open: they depend on what no trace holds. They count as fitted.
         summary: what is wrong, in a sentence without full stop.
         remedy: what to change.
         level: how specific the hypothesis is.
@@ -73,12 +75,17 @@ class Scored:
 
 def score(scene: Scene, prediction: Prediction) -> Scored | None:
     """Hold a prediction against the target; None when it has other shapes or is not finite."""
-    values = prediction.values
-    if values.shape != scene.target.shape or not np.isfinite(values).all():
+    values, n, fitted = prediction.values, prediction.values.size, prediction.fitted
+    if values.shape != scene.target.shape:
         return None
-    n = values.size
+    unsaid = np.isnan(values).all(axis=1)
+    if unsaid.any() and unsaid.mean() <= _OPEN:
+        values = np.where(unsaid[:, None], scene.target, values)
+        fitted += int(unsaid.sum()) * scene.features
+    if not np.isfinite(values).all():
+        return None
     left = float(np.square(scene.target - values).sum())
-    left *= n / (n - prediction.fitted) if prediction.fitted < n else float("inf")
+    left *= n / (n - fitted) if fitted < n else float("inf")
     noise = (scene.noise * float(np.linalg.norm(values))) ** 2
     error = scene.error**2
     if error == 0.0:

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 
-import ml_dtypes
 import numpy as np
 
 from .attention import Attended, attention_sources, fitted_scale
 from .gated import gated_sources
 from .hypothesis import DESCRIPTION, INHERITED, Prediction
 from .inputs import Source, agrees, best_view, earlier, find_source, sources
+from .padding import seen_padding
+from .quantised import NARROW, as_released, through_narrow_formats
 from .runs import FloatArray
 from .scene import Scene, View
 
@@ -23,14 +24,6 @@ _TOKENS_PER_FEATURE = 1.05
 _HELD_BACK = 8
 _NOT_LINEAR = ("norm", "embed", "rotary", "act", "dropout")
 _PARTS = (2, 4, 8, 16, 32, 64)
-#: Largest finite value of 8-bit floats and integers; Trainium's E4M3 ends at 240.
-_QUANTISED = {
-    "FP8 E4M3": (ml_dtypes.float8_e4m3fn, 448.0),
-    "FP8 E4M3 up to 240": (ml_dtypes.float8_e4m3, 240.0),
-    "FP8 E5M2": (ml_dtypes.float8_e5m2, 57344.0),
-    "INT8": (np.int8, 127.0),
-    "INT4": (np.int8, 7.0),
-}
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
@@ -69,6 +62,8 @@ def linear(scene: Scene) -> Iterator[Prediction]:
         yield from _quantised(scene, law, x)
     if isinstance(source, Attended):
         yield from _scale(scene, source, view, law)
+        if law is None:
+            yield from seen_padding(scene, x, source.settings.shape.kv_heads, source.settings.shape.head_dim)
     for variant in source.variants(view):
         if variant.rows.shape == x.shape:
             values = law(variant.rows) if law else variant.rows
@@ -123,7 +118,7 @@ def find_linear(scene: Scene) -> tuple[Linear, Source] | None:
         x = source.rows(view)
         weight = None if x is None else estimate(scene, x, outputs if bias is None else outputs - bias)
         if weight is not None:
-            return Linear(weight, bias, stored=False), source
+            return Linear(as_released(weight), bias, stored=False), source
     return None
 
 
@@ -218,45 +213,34 @@ def _others(scene: Scene, law: Linear) -> Iterator[tuple[str, FloatArray]]:
 
 def _quantised(scene: Scene, law: Linear, x: FloatArray) -> Iterator[Prediction]:
     """Weights that went through 8 or 4 bits, and any other linear error."""
-    if law.stored:
-        parent, _, leaf = scene.site.module.rpartition(".")
-        fused = next((names for names in _FUSED if leaf in names), ())
-        together = [scene.runs.parameters.get((f"{parent}.{name}", "weight")) for name in fused]
-        largest = max((float(np.abs(w).max()) for w in together if w is not None), default=0.0)
-        amax = {
-            "one scale per tensor": np.abs(law.weight).max(),
-            "one scale per output channel": np.abs(law.weight).max(axis=1, keepdims=True),
-        }
-        if largest > 0:
-            amax[f"one scale for {', '.join(fused)}"] = np.float64(largest)
-        for name, (dtype, top) in _QUANTISED.items():
-            for scheme, peak in amax.items():
-                yield Prediction(
-                    "quantised_weights",
-                    replace(law, weight=_through(law.weight, dtype, top, np.maximum(peak, 1e-300) / top))(x),
-                    f"the weights went through {name} with {scheme}",
-                    "keep this module in 16 bits, or quantise it with finer scales (per channel, per block)",
-                    parameters={"dtype": name, "scales": scheme},
-                )
+    parent, _, leaf = scene.site.module.rpartition(".")
+    fused = next((names for names in _FUSED if leaf in names), ())
+    together = [scene.runs.parameters.get((f"{parent}.{name}", "weight")) for name in fused]
+    largest = max((float(np.abs(w).max()) for w in together if w is not None), default=0.0)
+    shared = {", ".join(fused): largest} if largest > 0 else {}
+    kept = NARROW.get(scene.runs.target_dtype)
+    for name, scheme, weight in through_narrow_formats(law.weight, shared):
+        # A port multiplies by the narrow values and scales the product, or keeps scaled weights in its own dtype.
+        for dequantised in (weight,) if kept is None else (weight, weight.astype(kept).astype(np.float64)):
+            yield Prediction(
+                "quantised_weights",
+                replace(law, weight=dequantised)(x),
+                f"the weights went through {name} with {scheme}",
+                "keep this module in 16 bits, or quantise it with finer scales (per channel, per block)",
+                parameters={"dtype": name, "scales": scheme},
+            )
     if len(np.unique(x, axis=0)) >= 2 * x.shape[1]:
-        solution, _, _, _ = np.linalg.lstsq(x, scene.target - scene.reference, rcond=1e-8)
+        solution, _, _, _ = np.linalg.lstsq(x, scene.target - law(x), rcond=1e-8)
         size = float(np.linalg.norm(solution) / max(np.linalg.norm(law.weight), 1e-300))
         yield Prediction(
             "different_weight",
-            scene.reference + x @ solution,
+            law(x) + x @ solution,
             f"the error is a linear function of the input: the weight differs by {size:.2%}",
             "compare this weight with the checkpoint: quantised, rounded twice, or from another one",
             DESCRIPTION,
             solution.size,
             {"relative_difference": size},
         )
-
-
-def _through(weight: FloatArray, dtype: object, top: float, scale: FloatArray | np.float64) -> FloatArray:
-    scaled = np.clip(weight / scale, -top, top)
-    if dtype is np.int8:
-        return np.asarray(np.rint(scaled) * scale)
-    return np.asarray(scaled.astype(dtype).astype(np.float64) * scale)  # type: ignore[call-overload]
 
 
 FAMILIES = (linear,)

@@ -42,7 +42,7 @@ def softcap(scene: Scene) -> Iterator[Prediction]:
     cap = _fitted_cap(scene)
     yield Prediction(
         "output_softcap",
-        _capped(scene.reference, cap),
+        _capped(scene.expected, cap),
         f"a softcap of {cap:.4g} is applied to the logits",
         remedy,
         fitted=1,
@@ -54,7 +54,7 @@ def _fitted_cap(scene: Scene) -> float:
     """The cap that explains the target best: a usual one, or any other where it fits clearly better."""
 
     def misfit(log_cap: float) -> float:
-        return float(np.linalg.norm(_capped(scene.reference, float(np.exp(log_cap))) - scene.target))
+        return float(np.linalg.norm(_capped(scene.expected, float(np.exp(log_cap))) - scene.target))
 
     largest = float(np.abs(scene.target).max())
     bounds = (np.log(max(largest, 1e-3)), np.log(max(1e3, 2 * largest)))
@@ -73,6 +73,7 @@ def embedding_shards(scene: Scene) -> Iterator[Prediction]:
         return
     table = scene.runs.parameters.get((scene.site.module, "weight"))
     remedy = "take the rank from a tensor (SPMDRank, rank_util.rank = arange(tp)), not from Python while tracing"
+    yield from _one_range(scene, ids, remedy)
     for parts in (parts for parts in _PARTS if size % parts == 0):
         width = int(size) // parts
         for rank in range(min(parts, 8)):
@@ -90,6 +91,24 @@ def embedding_shards(scene: Scene) -> Iterator[Prediction]:
             yield Prediction(
                 "embedding_shard", scale * table[ids % width], summary, remedy, parameters={"parts": parts}
             )
+
+
+def _one_range(scene: Scene, ids: np.ndarray, remedy: str) -> Iterator[Prediction]:
+    """Ids of one range are looked up and all others are zero: a shard of any size, as of a padded vocabulary."""
+    zero = ~scene.target.any(axis=1) & scene.reference.any(axis=1)
+    if zero.all() or not zero.any():
+        return
+    first, last = int(ids[~zero].min()), int(ids[~zero].max())
+    if ((ids >= first) & (ids <= last))[zero].any():
+        return
+    yield Prediction(
+        "embedding_shard",
+        np.where(zero[:, None], 0.0, scene.reference),
+        f"only ids from {first} to {last} are looked up; the others, {zero.mean():.0%} of the tokens, are zero",
+        remedy,
+        fitted=2,
+        parameters={"first_id": first, "last_id": last, "share_zero": float(zero.mean())},
+    )
 
 
 def _ids(scene: Scene) -> np.ndarray | None:

@@ -37,7 +37,7 @@ def permuted(scene: Scene) -> Iterator[Prediction]:
         cause = "vocabulary_shards"
     yield Prediction(
         cause,
-        scene.reference[:, order],
+        scene.expected[:, order],
         f"all values are there, in another order: {what}",
         "gather the shards in rank order, and check how the weight was split before sharding"
         if cause == "vocabulary_shards"
@@ -51,7 +51,7 @@ def permuted(scene: Scene) -> Iterator[Prediction]:
 def _regular_order(scene: Scene) -> tuple[str, IntArray] | None:
     """The order that explains the target best among those that a program makes; None when none comes near."""
     rows = slice(0, _SEARCH_ROWS)
-    r, t = scene.reference[rows], scene.target[rows]
+    r, t = scene.expected[rows], scene.target[rows]
     size = float(np.linalg.norm(t))
     best: tuple[float, str, IntArray] | None = None
     for what, order in _orders(scene.features, scene.runs.config.head_dim):
@@ -84,7 +84,7 @@ def _orders(size: int, head: int | None) -> Iterator[tuple[str, IntArray]]:
 
 def _any_order(scene: Scene) -> tuple[str, IntArray] | None:
     """Any rearrangement of runs of features, found by values."""
-    r, t = scene.reference[:_SEARCH_ROWS], scene.target[:_SEARCH_ROWS]
+    r, t = scene.expected[:_SEARCH_ROWS], scene.target[:_SEARCH_ROWS]
     found = find_features(t, r, tolerance=min(_NEAR * scene.noise, 0.25))
     if found is None or found.columns is None:
         return None

@@ -1,12 +1,20 @@
-"""Sums of two earlier sites: a residual connection that is lost, doubled or has another sign."""
+"""Sums of two earlier sites: a residual connection that is lost, doubled, has another sign or a factor."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .hypothesis import INHERITED, Prediction
+import numpy as np
+
+from .hypothesis import INHERITED, NUMBER, Prediction
 from .inputs import SiteSum, best_view, find_source, sources
+from .runs import FloatArray
 from .scene import Scene
+
+#: Factors nearer than this to one that has a name of its own are left to it.
+_NEAR = 1e-3
+#: Words in the names of those numbers of a config that belong on a branch.
+_OF_BRANCHES = ("residual", "depth", "layers", "routed")
 
 
 def residual(scene: Scene) -> Iterator[Prediction]:
@@ -54,6 +62,27 @@ def residual(scene: Scene) -> Iterator[Prediction]:
                 "multiply a block's output by residual_multiplier of the config before it is added",
                 parameters={"factor": factor},
             )
+        yield from _factor(scene, kept_rows, lost_rows, lost.name)
+
+
+def _factor(scene: Scene, kept: FloatArray, scaled: FloatArray, name: str) -> Iterator[Prediction]:
+    """One of the two summands has a factor, by least squares."""
+    square = float(np.square(scaled).sum())
+    factor = float((scaled * (scene.target - kept)).sum()) / square if square else 1.0
+    if min(abs(factor - plain) for plain in (-1.0, 0.0, 1.0, 2.0)) < _NEAR:
+        return
+    known = scene.runs.config.name_factor(factor, 1e-2)
+    names = [name for name in known if any(word in name for word in _OF_BRANCHES)]
+    called = f", which is {' or '.join(names)}" if names else ""
+    yield Prediction(
+        "residual_multiplier",
+        kept + factor * scaled,
+        f"{name} is multiplied by {factor:.4g}{called} before it is added",
+        "add both summands as they are, or with residual_multiplier where the config has one",
+        NUMBER,
+        1,
+        {"factor": factor, "of": name, "equals": names},
+    )
 
 
 FAMILIES = (residual,)

@@ -22,6 +22,9 @@ from .scene import Scene
 
 _BASES = (1e4, 5e5, 1e6, 1e5, 1.5e5, 1.6e5, 2.5e5, 5e6, 8e6, 1e7, 1e3)
 _FACTORS = (2.0, 4.0, 8.0, 16.0, 32.0, 40.0, 64.0)
+#: How far from a usual base another is searched, as a logarithm: half the widest gap between two, or a factor of 100
+#: beyond the ends.
+_REACH = 4.6
 #: A fitted base is preferred to a usual one when the usual one leaves this many times as much.
 _CLEARLY = 1.5
 _HALF, _PAIRS, _ONCE = "half", "pairs", "once"
@@ -244,8 +247,8 @@ def _bases(scene: Scene, law: Rotary, sine: bool) -> Iterator[_Variant]:
 
     usual = min(_BASES, key=lambda base: misfit(math.log(base)))
     near = math.log(usual)
-    fitted = minimize_scalar(misfit, bounds=(near - 1.2, near + 1.2), method="bounded", options={"xatol": 1e-6})
-    odd = misfit(float(fitted.x)) < misfit(near) / _CLEARLY
+    fitted = minimize_scalar(misfit, bounds=(near - _REACH, near + _REACH), method="bounded", options={"xatol": 1e-6})
+    odd = abs(math.log(usual / law.base)) < 1e-3 or misfit(float(fitted.x)) < misfit(near) / _CLEARLY
     for base, numbers in ((math.exp(float(fitted.x)), 1),) if odd else ((usual, 0),):
         if abs(math.log(base / law.base)) < 1e-3:
             continue

@@ -19,7 +19,12 @@ REFERENCE, TARGET = "reference", "target"
 
 
 class Scene:
-    """One suspect site in one phase, on a bounded number of its tokens."""
+    """One suspect site in one phase, on a bounded number of its tokens.
+
+    Attributes:
+        expected: what the site should hold given the target's own inputs, where a law tells; else the reference's
+            values. `[tokens, features]`.
+    """
 
     def __init__(self, runs: ComparedRuns, info: SiteInfo, counterpart: Counterpart, phase: str) -> None:
         """Read the suspect's own values.
@@ -38,6 +43,7 @@ class Scene:
         chosen = {int(prompt) for prompt in np.unique(rows.prompts)}
         self.prompts = [pair for pair in runs.prompts if pair.prompt in chosen]
         self._read: dict[tuple[str, str], Rows | None] = {}
+        self.expected = rows.reference
 
     @property
     def site(self) -> Site:

@@ -1,0 +1,128 @@
+"""What single experts were given and returned, where they are modules: a block's output put together from them.
+
+The rows of an expert are the tokens that were routed to it, in an order of the framework's own. Where inputs are
+recorded, each row is found among the block's own inputs by its values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..loading import load_sites
+from ..sites import Site
+from .runs import FloatArray, IntArray
+from .scene import REFERENCE, TARGET, Scene
+
+_NAME = re.compile(r"(.+)\.experts\.(\d+)$")
+#: Tokens that two experts must share to be told apart, and how near their values have to be, in units of the noise.
+_SHARED, _SAME = 2, 6.0
+#: Experts that must be recognised elsewhere before their order is called wrong.
+_MISPLACED = 2
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What the experts of one run returned for the scene's tokens.
+
+    Attributes:
+        outputs: of the modules `NAME` of all experts, by `NAME` (empty for the experts themselves), `[experts, tokens,
+            features]`; NaN where an expert did not see a token. Modules that were called with other rows are missing.
+    """
+
+    outputs: Mapping[str, FloatArray]
+
+    def mixed(self, affinities: FloatArray) -> FloatArray:
+        """The block's output, `[tokens, features]`, from affinities `[tokens, experts]`; NaN where one is missing."""
+        parts = np.where(affinities.T[..., None] != 0.0, self.outputs[""], 0.0)
+        return np.asarray(np.einsum("te,etf->tf", affinities, parts))
+
+    def filled(self, other: Experts) -> Experts:
+        """What an expert did not see here, as it is in another run."""
+        return Experts({"": np.where(np.isnan(self.outputs[""]), other.outputs[""], self.outputs[""])})
+
+    def same(self, other: Experts, noise: float, ours: str = "", theirs: str | None = None) -> np.ndarray:
+        """Whether expert i here returned what expert j there did, on tokens that both saw: `float[experts, experts]`.
+
+        1 for the same, 0 for not, NaN where they share too few tokens.
+        """
+        a, b = self.outputs[ours], other.outputs[ours if theirs is None else theirs]
+        found = np.full((len(a), len(b)), np.nan)
+        for i, j in np.ndindex(found.shape):
+            both = ~np.isnan(a[i, :, 0]) & ~np.isnan(b[j, :, 0])
+            if both.sum() >= _SHARED:
+                apart = np.linalg.norm(a[i, both] - b[j, both]) / max(np.linalg.norm(b[j, both]), 1e-300)
+                found[i, j] = float(apart <= _SAME * noise)
+        return found
+
+
+def recorded_experts(scene: Scene, side: str, parts: tuple[str, ...] = ("",)) -> Experts | None:
+    """The experts of a block as one side recorded them; None when they are no modules or their inputs are missing."""
+    block = scene.site.module.removesuffix(".experts")
+    run = scene.runs.reference if side == REFERENCE else scene.runs.target
+    sites = scene.runs.sites if side == REFERENCE else scene.runs.target_sites
+    numbers = sorted({int(m[2]) for name in sites if (m := _NAME.match(name)) and m[1] == block})
+    tokens = _block_inputs(scene, side, block)
+    if tokens is None or not numbers or (side == TARGET and scene.runs.counterparts.get(scene.site.name) is None):
+        return None
+    wanted = [Site(f"{block}.experts.{n}{part}", port) for n in range(numbers[-1] + 1) for part, port in _ports(parts)]
+    stored = load_sites(scene.runs.trace, [(run, site) for site in wanted])
+
+    def rows(n: int, part: str, port: str) -> FloatArray | None:
+        found = stored.get((run, Site(f"{block}.experts.{n}{part}", port)), [])
+        read = [np.asarray(one.parts[0].values(scene.runs.trace)).astype(np.float64) for one in found]
+        read = [values.reshape(-1, values.shape[-1]) for values in read if values.ndim]
+        return np.concatenate(read) if read else None
+
+    outputs: dict[str, FloatArray] = {}
+    for part in parts:
+        by_number = {n: _placed(tokens, rows(n, "", "input"), rows(n, part, "output")) for n in range(numbers[-1] + 1)}
+        width = next((values.shape[1] for values in by_number.values() if values is not None), 0)
+        if not width:
+            continue
+        nothing = np.full((len(tokens), width), np.nan)
+        outputs[part] = np.stack([nothing if values is None else values for values in by_number.values()])
+    return Experts(outputs) if "" in outputs else None
+
+
+def _ports(parts: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    yield "", "input"
+    yield from ((part, "output") for part in parts)
+
+
+def _block_inputs(scene: Scene, side: str, block: str) -> FloatArray | None:
+    for name in (f"{block}:input", f"{block}:input[0]", f"{block}:input[hidden_states]"):
+        info = scene.runs.sites.get(name)
+        values = None if info is None else scene.view(side).rows(info.site)
+        if values is not None:
+            return values
+    return None
+
+
+def _placed(tokens: FloatArray, given: FloatArray | None, returned: FloatArray | None) -> FloatArray | None:
+    """An expert's outputs at the tokens that it was given, `[tokens, features]`; NaN elsewhere."""
+    if given is None or returned is None or len(given) != len(returned) or given.shape[1] != tokens.shape[1]:
+        return None
+    places: dict[bytes, int] = {row.tobytes(): number for number, row in enumerate(given)}
+    at: IntArray = np.array([places.get(row.tobytes(), -1) for row in tokens])
+    values = np.full((len(tokens), returned.shape[1]), np.nan)
+    values[at >= 0] = returned[at[at >= 0]]
+    return values
+
+
+def order_of(target: Experts, reference: Experts, noise: float) -> list[int] | None:
+    """For every expert of the target the reference's that it is, -1 for unknown; None when none is known to be misplaced.
+
+    Args:
+        target, reference: of the same tokens.
+        noise: relative error to expect.
+    """
+    same = target.same(reference, noise)
+    order = [int(row.argmax()) if (row == 1.0).sum() == 1 else -1 for row in same]
+    known = [was for was in order if was >= 0]
+    if len(known) < _MISPLACED or len(set(known)) < len(known) or (same.diagonal() == 1.0).any():
+        return None
+    return order
