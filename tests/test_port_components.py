@@ -6,8 +6,10 @@ from typing import Any
 
 from port_configurations import configuration
 from tensorsleuth.porting.parity.components import Sizes, component_mapping, sizes_of
+from tensorsleuth.porting.parity.first_modules import shows_at
+from tensorsleuth.porting.parity.mutation import mutants
 from tensorsleuth.porting.spec.extract import analyse_config
-from tensorsleuth.porting.spec.hostile import small_config
+from tensorsleuth.porting.spec.hostile import hostile_model, small_config
 
 _SIZES = Sizes(n_layers=1, heads=6, kv_heads=3, head_dim=8, vocabulary=131, tp=2)
 
@@ -55,3 +57,31 @@ def test_sizes_are_those_of_the_model_that_runs() -> None:
     found = sizes_of(analyse_config(config), small, tp=2)
     assert found.vocabulary == small.vocab_size
     assert found.repeats == small.num_attention_heads // small.num_key_value_heads
+
+
+def test_a_wrong_fact_shows_first_where_it_acts() -> None:
+    gemma2, deepseek = (analyse_config(configuration(name)) for name in ("gemma2", "deepseek_v3"))
+    layer = "model.layers.3"
+    for spec, field, first, later in (
+        (gemma2, "embedding.factor", f"{layer}.input_layernorm", f"{layer}.self_attn.q_proj"),
+        (gemma2, "layer.norms.input_layernorm.norm.eps", f"{layer}.input_layernorm", f"{layer}.self_attn.o_proj"),
+        (gemma2, "layer.output.1", layer, f"{layer}.mlp"),
+        (gemma2, "attention.softcap", f"{layer}.self_attn.o_proj", f"{layer}.self_attn.q_proj"),
+        (gemma2, "attention.rotary.0.rotary.theta", "model.rotary_emb", f"{layer}.mlp"),
+        (gemma2, "attention.rotary.0.rotary.layout", f"{layer}.self_attn.o_proj", "model.rotary_emb"),
+        (gemma2, "feed_forward.0.block.activation_name", f"{layer}.mlp.act_fn", f"{layer}.mlp.gate_proj"),
+        (gemma2, "head.softcap", "(root)", "model.norm"),
+        (deepseek, "attention.latent.norm.eps", f"{layer}.self_attn.kv_a_layernorm", f"{layer}.self_attn.kv_b_proj"),
+        (deepseek, "feed_forward.1.experts.router.scores", f"{layer}.mlp.gate", layer),
+        (deepseek, "feed_forward.1.experts.shared.block.activation_name", f"{layer}.mlp.shared_experts", "model.norm"),
+    ):
+        assert shows_at(spec, field, first), field
+        assert not shows_at(spec, field, later), field
+
+
+def test_every_mutant_shows_at_some_module_of_its_model() -> None:
+    for name in ("opt", "gpt_neox", "stablelm-norms", "mixtral"):
+        config = configuration(name)
+        spec, modules = analyse_config(config), [path for path, _ in hostile_model(config).named_modules()]
+        for mutant in mutants(spec):
+            assert any(shows_at(spec, mutant.field, module or "(root)") for module in modules), mutant.field

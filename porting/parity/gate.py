@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +73,8 @@ class Check:
         verdict: `pass`, `fail` or `undecided`.
         reasons: why not `pass`.
         logits_error: relative L2 distance of the logits from the reference's, the worse of prefill and decode.
-        logits_ratio: their R against the baseline, None in FP32.
+        logits_ratio: their R against the baseline over the tokens that count (those that no run sends to other
+            experts), None in FP32.
         worst_site: the site with the largest error (FP32) or R (BF16).
         worst: that error or R.
         first_divergent: the first site that fails, empty without one.
@@ -177,48 +178,125 @@ def check_port(
     Raises:
         InputError: the port cannot be built, or something on this machine is missing.
     """
-    require_sources(find_environment())
-    model = hostile_model(config, seed)
-    checkpoint = folder / "checkpoint"
-    save_checkpoint(model, architecture, checkpoint, seed)
-    rng = np.random.default_rng(seed)
-    tokens = {n: tuple(int(token) for token in rng.integers(2, model.config.vocab_size, n)) for n in _PROMPTS}
-    prompts = [PromptInput(str(n), token_ids=ids) for n, ids in tokens.items()]
-    trace = Trace.create(folder / "trace")
-    source, batch = ModelSource(checkpoint, attention="eager"), len(prompts)
-    steps = len(settings) + 2
+    steps = len(settings) + 1
     progress("reference", 0, steps)
-    generation = Generation(new_tokens=_DECODED + 1, batch_size=batch)
-    selection = Selection(exclude=(*_without_effect(model), *parts_of_experts(architecture)))
-    capture_hugging_face(
-        trace,
-        HuggingFaceCapture(source, REFERENCE, "reference", prompts=prompts, generation=generation, selection=selection),
-    )
-    if any(setting.dtype == "bfloat16" for setting in settings):
-        progress("baseline", 1, steps)
-        for run, replicate in ((BASELINE, None), *zip(_REPLICATES, map(Replicate, _REPLICATES), strict=True)):
-            capture_hugging_face(
-                trace,
-                HuggingFaceCapture(
-                    source,
-                    run,
-                    "baseline",
-                    "bfloat16",
-                    teacher=REFERENCE,
-                    generation=Generation(batch_size=batch),
-                    selection=selection,
-                    replicate=replicate,
-                ),
-            )
-    recorded = {(info.site.module, info.site.slot) for info in sites_of(trace, REFERENCE)}
+    gate = ParityGate(architecture, config, folder, seed=seed)
     checks = []
     for number, setting in enumerate(settings):
-        progress(setting.run, number + 2, steps)
-        mapping = folder / f"component_mapping-tp{setting.tp}.json"
-        sizes = sizes_of(architecture, model.config, setting.tp)
-        mapping.write_text(component_mapping_text(architecture, sizes, recorded))
-        checks.append(_check(trace, checkpoint, port, mapping, setting, batch))
-    return tuple(checks), trace.path
+        progress(setting.run, number + 1, steps)
+        checks.append(gate.check(port, setting))
+    return tuple(checks), gate.trace.path
+
+
+class ParityGate:
+    """A small model whose values are known, to hold any number of ports against."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: object,
+        folder: Path,
+        *,
+        seed: int = 0,
+        prompts: Sequence[int] = _PROMPTS,
+    ) -> None:
+        """Write the checkpoint and capture the reference.
+
+        Args:
+            architecture: the model's description.
+            config: the model's configuration; a small, hostile one is made of it.
+            folder: receives checkpoint and trace.
+            seed: of weights and prompts.
+            prompts: lengths of the prompts.
+
+        Raises:
+            InputError: the model cannot be built, or something on this machine is missing.
+        """
+        require_sources(find_environment())
+        model = hostile_model(config, seed)
+        self._architecture, self._config, self._folder, self._batch = architecture, model.config, folder, len(prompts)
+        self._checkpoint = folder / "checkpoint"
+        save_checkpoint(model, architecture, self._checkpoint, seed)
+        rng = np.random.default_rng(seed)
+        tokens = {n: tuple(int(token) for token in rng.integers(2, model.config.vocab_size, n)) for n in prompts}
+        self.trace = Trace.create(folder / "trace")
+        self._selection = Selection(exclude=(*_without_effect(model), *parts_of_experts(architecture)))
+        self._capture(
+            HuggingFaceCapture(
+                ModelSource(self._checkpoint, attention="eager"),
+                REFERENCE,
+                "reference",
+                prompts=[PromptInput(str(n), token_ids=ids) for n, ids in tokens.items()],
+                generation=Generation(new_tokens=_DECODED + 1, batch_size=self._batch),
+            )
+        )
+        self._recorded = {(info.site.module, info.site.slot) for info in sites_of(self.trace, REFERENCE)}
+
+    def check(self, port: str, setting: Setting, name: str = "") -> Check:
+        """Capture a port and compare it with the reference.
+
+        Args:
+            port: the port's class as FILE:CLASS.
+            setting: how to run it.
+            name: of the comparison; the setting's by default.
+        """
+        started = time.perf_counter()
+        name = name or setting.run
+        if setting.dtype == "bfloat16":
+            self._capture_baselines()
+        request = NxdiCapture(
+            self._checkpoint,
+            port,
+            f"port-{name}",
+            "target",
+            dtype=setting.dtype,
+            tp=setting.tp,
+            teacher=REFERENCE,
+            generation=Generation(batch_size=self._batch),
+        )
+        try:
+            capture_on_cpu(self.trace, request)
+        except (CaptureError, InputError) as error:
+            reasons = (f"the port does not run: {error}",)
+            return Check(setting, FAIL, reasons, None, None, "", None, "", 0, 0, time.perf_counter() - started)
+        in_fp32 = setting.dtype == "float32"
+        comparison = ComparisonRequest(
+            REFERENCE,
+            request.run,
+            None if in_fp32 else BASELINE,
+            name=name,
+            thresholds=Thresholds(relative_l2=TOLERANCE) if in_fp32 else Thresholds(),
+            mapping=self._mapping(setting.tp),
+            replicates=() if in_fp32 else _REPLICATES,
+        )
+        summary = compare(self.trace, comparison)
+        return _described(self.trace, setting, summary, time.perf_counter() - started)
+
+    def _capture(self, capture: HuggingFaceCapture) -> None:
+        capture_hugging_face(self.trace, replace(capture, selection=self._selection))
+
+    def _capture_baselines(self) -> None:
+        """The model in BF16, and its replicates, once."""
+        if BASELINE in self.trace.run_names():
+            return
+        baseline = HuggingFaceCapture(
+            ModelSource(self._checkpoint, attention="eager"),
+            BASELINE,
+            "baseline",
+            "bfloat16",
+            teacher=REFERENCE,
+            generation=Generation(batch_size=self._batch),
+        )
+        self._capture(baseline)
+        for kind in _REPLICATES:
+            self._capture(replace(baseline, run=kind, replicate=Replicate(kind)))
+
+    def _mapping(self, tp: int) -> Path:
+        file = self._folder / f"component_mapping-tp{tp}.json"
+        if not file.exists():
+            sizes = sizes_of(self._architecture, self._config, tp)
+            file.write_text(component_mapping_text(self._architecture, sizes, self._recorded))
+        return file
 
 
 def _without_effect(model: torch.nn.Module) -> Iterator[str]:
@@ -228,44 +306,11 @@ def _without_effect(model: torch.nn.Module) -> Iterator[str]:
             yield path
 
 
-def _check(trace: Trace, checkpoint: Path, port: str, mapping: Path, setting: Setting, batch: int) -> Check:
-    started = time.perf_counter()
-    request = NxdiCapture(
-        checkpoint,
-        port,
-        f"port-{setting.run}",
-        "target",
-        dtype=setting.dtype,
-        tp=setting.tp,
-        teacher=REFERENCE,
-        generation=Generation(batch_size=batch),
-    )
-    try:
-        capture_on_cpu(trace, request)
-    except (CaptureError, InputError) as error:
-        reasons = (f"the port does not run: {error}",)
-        return Check(setting, FAIL, reasons, None, None, "", None, "", 0, 0, time.perf_counter() - started)
-    in_fp32 = setting.dtype == "float32"
-    summary = compare(
-        trace,
-        ComparisonRequest(
-            REFERENCE,
-            request.run,
-            None if in_fp32 else BASELINE,
-            name=setting.run,
-            thresholds=Thresholds(relative_l2=TOLERANCE) if in_fp32 else Thresholds(),
-            mapping=mapping,
-            replicates=() if in_fp32 else _REPLICATES,
-        ),
-    )
-    return _described(trace, setting, summary, time.perf_counter() - started)
-
-
 def _described(trace: Trace, setting: Setting, summary: ComparisonSummary, seconds: float) -> Check:
-    by = "relative_l2" if setting.dtype == "float32" else "r_ratio"
+    by = "relative_l2" if setting.dtype == "float32" else "r_judged"
     rows = run_sql(
         trace,
-        f"""SELECT site, phase, target_site, relative_l2, r_ratio, verdict, state FROM measurements
+        f"""SELECT site, phase, target_site, relative_l2, r_judged, verdict, state FROM measurements
             WHERE comparison = ? AND prompt IS NULL AND {by} IS NOT NULL ORDER BY {by} DESC, exec_order""",  # noqa: S608
         [summary.comparison],
     ).to_pylist()
@@ -278,7 +323,7 @@ def _described(trace: Trace, setting: Setting, summary: ComparisonSummary, secon
         verdict=summary.verdict,
         reasons=summary.reasons,
         logits_error=max((row["relative_l2"] for row in logits if row["relative_l2"] is not None), default=None),
-        logits_ratio=None if by == "relative_l2" else max((row["r_ratio"] for row in logits), default=None),
+        logits_ratio=None if by == "relative_l2" else max((row["r_judged"] for row in logits), default=None),
         worst_site=f"{rows[0]['site']} ({rows[0]['phase']})" if rows else "",
         worst=rows[0][by] if rows else None,
         first_divergent=f"{first[0]['site']} ({first[0]['phase']})" if first else "",
