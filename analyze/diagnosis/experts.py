@@ -7,13 +7,11 @@ recorded, each row is found among the block's own inputs by its values.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..loading import load_sites
-from ..sites import Site
 from .runs import FloatArray, IntArray
 from .scene import REFERENCE, TARGET, Scene
 
@@ -22,6 +20,14 @@ _NAME = re.compile(r"(.+)\.experts\.(\d+)$")
 _SHARED, _SAME = 2, 6.0
 #: Experts that must be recognised elsewhere before their order is called wrong.
 _MISPLACED = 2
+#: Expert rows as they are stored: read whole, since no position is known for them.
+_ROWS = """
+SELECT module, port, dtype, shape, file_offset, nbytes, s.path
+FROM tensors t JOIN shards s USING (run, rank, shard)
+WHERE run = ? AND phase = ? AND starts_with(module, ?) AND rank = 0 AND call = 0 AND slot IN ('', '0')
+    AND len(shape) > 1 AND nbytes > 0
+ORDER BY module, port, seq
+"""
 
 
 @dataclass(frozen=True)
@@ -68,14 +74,17 @@ def recorded_experts(scene: Scene, side: str, parts: tuple[str, ...] = ("",)) ->
     tokens = _block_inputs(scene, side, block)
     if tokens is None or not numbers or (side == TARGET and scene.runs.counterparts.get(scene.site.name) is None):
         return None
-    wanted = [Site(f"{block}.experts.{n}{part}", port) for n in range(numbers[-1] + 1) for part, port in _ports(parts)]
-    stored = load_sites(scene.runs.trace, [(run, site) for site in wanted])
+    stored: dict[tuple[str, str], list[FloatArray]] = {}
+    for row in scene.runs.trace.query(_ROWS, [run, scene.phase, f"{block}.experts."]).to_pylist():
+        values = scene.runs.trace.values(
+            row["path"], row["dtype"], tuple(row["shape"]), row["file_offset"], row["nbytes"]
+        )
+        flat = np.asarray(values).reshape(-1, row["shape"][-1]).astype(np.float64)
+        stored.setdefault((row["module"], row["port"]), []).append(flat)
 
     def rows(n: int, part: str, port: str) -> FloatArray | None:
-        found = stored.get((run, Site(f"{block}.experts.{n}{part}", port)), [])
-        read = [np.asarray(one.parts[0].values(scene.runs.trace)).astype(np.float64) for one in found]
-        read = [values.reshape(-1, values.shape[-1]) for values in read if values.ndim]
-        return np.concatenate(read) if read else None
+        found = stored.get((f"{block}.experts.{n}{part}", port))
+        return np.concatenate(found) if found else None
 
     outputs: dict[str, FloatArray] = {}
     for part in parts:
@@ -86,11 +95,6 @@ def recorded_experts(scene: Scene, side: str, parts: tuple[str, ...] = ("",)) ->
         nothing = np.full((len(tokens), width), np.nan)
         outputs[part] = np.stack([nothing if values is None else values for values in by_number.values()])
     return Experts(outputs) if "" in outputs else None
-
-
-def _ports(parts: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    yield "", "input"
-    yield from ((part, "output") for part in parts)
 
 
 def _block_inputs(scene: Scene, side: str, block: str) -> FloatArray | None:
@@ -114,14 +118,14 @@ def _placed(tokens: FloatArray, given: FloatArray | None, returned: FloatArray |
 
 
 def order_of(target: Experts, reference: Experts, noise: float) -> list[int] | None:
-    """For every expert of the target the reference's that it is, -1 for unknown; None when none is known to be misplaced.
+    """For every expert of the target the reference's that it is, -1 for unknown; None when none is misplaced for sure.
 
     Args:
         target, reference: of the same tokens.
         noise: relative error to expect.
     """
     same = target.same(reference, noise)
-    order = [int(row.argmax()) if (row == 1.0).sum() == 1 else -1 for row in same]
+    order = [int((row == 1.0).argmax()) if (row == 1.0).sum() == 1 else -1 for row in same]
     known = [was for was in order if was >= 0]
     if len(known) < _MISPLACED or len(set(known)) < len(known) or (same.diagonal() == 1.0).any():
         return None

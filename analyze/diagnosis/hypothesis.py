@@ -27,7 +27,8 @@ class Prediction:
 
     Attributes:
         cause: the hypothesis by name; causes have an entry in the knowledge base.
-        values: `[tokens, features]`. Rows of NaN are left open: they depend on what no trace holds. They count as fitted.
+        values: `[tokens, features]`. Rows of NaN are left open: they depend on what no trace holds, and count as
+            fitted.
         summary: what is wrong, in a sentence without full stop.
         remedy: what to change.
         level: how specific the hypothesis is.
