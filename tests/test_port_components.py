@@ -41,7 +41,7 @@ def test_copies_of_kv_heads_and_padding_of_logits_are_left_out() -> None:
     assert _entries("qwen3", whole, *sites) == {}
 
 
-def test_tables_of_several_rotary_embeddings_are_no_modules_to_compare() -> None:
+def test_tables_of_several_or_interleaved_rotary_embeddings_are_no_modules_to_compare() -> None:
     sites = ("model.rotary_emb[0]", "model.rotary_emb[1]", "model.rotary_emb_local[0]", "model.norm")
     found = _entries("gemma3", _SIZES, *sites)
     assert {name: targets for name, (targets, _) in found.items()} == {
@@ -49,6 +49,7 @@ def test_tables_of_several_rotary_embeddings_are_no_modules_to_compare() -> None
         "model.norm": ["norm"],
     }
     assert _entries("qwen3", _SIZES, *sites[:2]) == {}
+    assert [targets for targets, _ in _entries("cohere", _SIZES, *sites[:2]).values()] == [[], []]
 
 
 def test_sizes_are_those_of_the_model_that_runs() -> None:

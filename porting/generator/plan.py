@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...store.errors import InputError
-from ..spec.architecture import Architecture
+from ..spec.architecture import Architecture, Norm
 from ..spec.document import numbers_in
 from ..spec.encoder_decoder_facts import EncoderDecoder
 from .attention_plan import attention_plan, heads_norm_plan, rotary_plan
@@ -87,6 +87,12 @@ def _required(spec: Architecture) -> Iterator[str]:
     yield from sorted(keys)
 
 
+def _norm_before(spec: Architecture, module: str) -> Norm:
+    """The norm whose output a module of the layer is given; the final one where it is given something else."""
+    given = {term.node for node in spec.layer.nodes if node.name == module for term in node.terms}
+    return next((named.norm for named in spec.layer.norms if named.name in given), spec.head.norm)
+
+
 def _derived(spec: Architecture, attention: dict[str, Any], feed_forward: dict[str, Any]) -> Iterator[str]:
     """Lines that give the library's blocks the names they read."""
     if feed_forward["native"]:
@@ -94,9 +100,10 @@ def _derived(spec: Architecture, attention: dict[str, Any], feed_forward: dict[s
         for name, expression in (
             ("hidden_act", block.activation),
             ("intermediate_size", block.intermediate.expression),
-            ("rms_norm_eps", spec.head.norm.eps.expression),
+            ("rms_norm_eps", _norm_before(spec, block.module).eps.expression),
         ):
-            if expression != f"config.{name}":
+            # other norms read this epsilon: it is not given another value
+            if expression != f"config.{name}" and (name != "rms_norm_eps" or f"config.{name}" not in expression):
                 yield f"self.{name} = {expression.replace('config.', 'self.')}"
         if block.up_bias:
             yield "self.mlp_bias = True"

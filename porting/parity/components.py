@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..spec.expressions import Expressions
 _WEIGHTS = "the port returns no attention weights"
 _COPIES = "the port gives every query head a KV head: the first copy of each"
 _PADDING = "the port pads the vocabulary to a multiple of the ranks"
-_TABLES = "tables of rotary embeddings that differ by layer are compared by the attention that they make"
+_TABLES = "rotary tables that differ by layer, or may hold pairs in another order, are compared by what they make"
 _ROOT = "(root)"
 _CHOICES = "chosen experts and weights; the port is compared by scores and by the block's output"
 #: Routers return up to this many tensors.
@@ -58,7 +58,7 @@ def sizes_of(spec: Architecture, config: Any, tp: int) -> Sizes:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """A source, its target (empty for none), why, and ranges of features by side."""
 
     source: str
@@ -78,14 +78,20 @@ def component_mapping(spec: Architecture, sizes: Sizes, recorded: Collection[tup
     Returns:
         The document of a component_mapping.json; entries whose source was not recorded are left out.
     """
+    pairs = map(_plain, _pairs(spec, sizes.n_layers))
+    return mapping_of((*pairs, *_fused(spec, sizes), *_repeated(spec, sizes), *_padded(spec, sizes)), recorded)
+
+
+def mapping_of(entries_given: Iterable[Entry], recorded: Collection[tuple[str, str]]) -> dict[str, Any]:
+    """The document of a component_mapping.json; entries whose source was not recorded are left out.
+
+    Args:
+        entries_given: what is known.
+        recorded: module and slot of every site that the reference has.
+    """
     modules = {module for module, _ in recorded}
     entries, reasons, transforms = [], [], []
-    for entry in (
-        *map(_plain, _pairs(spec, sizes.n_layers)),
-        *_fused(spec, sizes),
-        *_repeated(spec, sizes),
-        *_padded(spec, sizes),
-    ):
+    for entry in entries_given:
         module, bracket, rest = entry.source.removeprefix(_ROOT).partition("[")
         if (module, rest.rstrip("]")) in recorded if bracket else entry.source in modules:
             entries.append([[entry.source.removesuffix("[]")], [entry.target] if entry.target else []])
@@ -105,11 +111,11 @@ def component_mapping_text(spec: Architecture, sizes: Sizes, recorded: Collectio
     return json.dumps(component_mapping(spec, sizes, recorded), indent=1)
 
 
-def _plain(pair: tuple[str, str, str]) -> _Entry:
-    return _Entry(*pair)
+def _plain(pair: tuple[str, str, str]) -> Entry:
+    return Entry(*pair)
 
 
-def _fused(spec: Architecture, sizes: Sizes) -> Iterator[_Entry]:
+def _fused(spec: Architecture, sizes: Sizes) -> Iterator[Entry]:
     """The parts of a fused projection: queries, keys and values."""
     attention = spec.attention
     if attention.layout not in ("plain", "grouped"):
@@ -132,10 +138,10 @@ def _fused(spec: Architecture, sizes: Sizes) -> Iterator[_Entry]:
             if part and sizes.repeats > 1:
                 ranges["target"] = sizes.copies
             target = f"layers.{layer}.{attention.module}.qkv_proj.{name}"
-            yield _Entry(source, target, "a part of the fused projection", ranges)
+            yield Entry(source, target, "a part of the fused projection", ranges)
 
 
-def _repeated(spec: Architecture, sizes: Sizes) -> Iterator[_Entry]:
+def _repeated(spec: Architecture, sizes: Sizes) -> Iterator[Entry]:
     """Keys and values of which the port holds copies: in low precision, values alone do not tell."""
     attention = spec.attention
     if sizes.repeats == 1 or attention.layout != "separate" or attention.latent is not None:
@@ -147,17 +153,17 @@ def _repeated(spec: Architecture, sizes: Sizes) -> Iterator[_Entry]:
         if norm is not None and norm.scope == "head":
             pairs.append((norm.key, "k_layernorm"))
         for one, other in pairs:
-            yield _Entry(f"{source}.{one}", f"{target}.{other}", _COPIES, {"target": sizes.copies})
+            yield Entry(f"{source}.{one}", f"{target}.{other}", _COPIES, {"target": sizes.copies})
 
 
-def _padded(spec: Architecture, sizes: Sizes) -> Iterator[_Entry]:
+def _padded(spec: Architecture, sizes: Sizes) -> Iterator[Entry]:
     """Logits beside which the port has those of tokens that do not exist."""
     if sizes.vocabulary % sizes.tp == 0:
         return
     ranges = {"target": [[0, sizes.vocabulary]]}
     if spec.head.scale is None and spec.head.softcap is None and spec.head.module == "lm_head":
-        yield _Entry("lm_head", "lm_head", _PADDING, ranges)
-    yield _Entry(f"{_ROOT}[logits]", f"{_ROOT}[0]", _PADDING, ranges)
+        yield Entry("lm_head", "lm_head", _PADDING, ranges)
+    yield Entry(f"{_ROOT}[logits]", f"{_ROOT}[0]", _PADDING, ranges)
 
 
 def _starts(sizes: Sizes) -> tuple[int, int]:
@@ -176,7 +182,8 @@ def _pairs(spec: Architecture, n_layers: int) -> Iterator[tuple[str, str, str]]:
         yield head.module, "", "the port scales or bounds logits in its projection: they are compared as logits"
     elif head.module.rpartition(".")[2] != "lm_head":
         yield head.module, "", "the port projects the last position only: it is compared as logits"
-    if len([case for case in spec.attention.rotary if case.rotary is not None]) > 1:
+    rotary = [case.rotary for case in spec.attention.rotary if case.rotary is not None]
+    if len(rotary) > 1 or any(one.layout == "interleaved" for one in rotary):
         base = spec.layer.path.rpartition(".")[0]
         for name in ("rotary_emb", "rotary_emb_local"):
             yield from ((f"{base}.{name}{slot}", "", _TABLES) for slot in ("[0]", "[1]"))
