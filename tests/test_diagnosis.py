@@ -74,6 +74,36 @@ def pairs(heads: Array, cos: Array, sin: Array) -> Array:
     return heads * cos[:, None] + other * sin[:, None]
 
 
+def pairs_with_angles(heads: Array, cos: Array, sin: Array) -> Array:
+    half = DIM // 2
+    return pairs(heads, np.repeat(cos[:, :half], 2, axis=1), np.repeat(sin[:, :half], 2, axis=1))
+
+
+def part(heads: Array, cos: Array, sin: Array) -> Array:
+    turned = rotate_first(heads[..., : DIM // 2], cos[:, : DIM // 4], sin[:, : DIM // 4])
+    return np.concatenate([turned, heads[..., DIM // 2 :]], -1)
+
+
+def rotate_first(heads: Array, cos: Array, sin: Array) -> Array:
+    left, right = np.split(heads, 2, axis=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return np.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
+
+
+def late_values(key: Array, value: Array, prompt: int) -> tuple[Array, Array]:
+    return key, np.concatenate([value[:prompt], value[prompt - 1 : -1]])
+
+
+def overwritten(key: Array, value: Array, prompt: int) -> tuple[Array, Array]:
+    slots = np.arange(len(key))
+    slots[prompt - 1] = prompt if len(key) > prompt else prompt - 1
+    return key[slots], value[slots]
+
+
+def scaled_block(layer: int, stream: Array, block: Array) -> Array:
+    return stream + 0.22 * block if layer % 2 else stream + block
+
+
 def zero_decoded_keys(key: Array, value: Array, prompt: int) -> tuple[Array, Array]:
     return np.where(np.arange(len(key))[:, None, None] >= prompt, 0.0, key), value
 
@@ -134,16 +164,21 @@ BUGS: dict[str, tuple[Change, str, str, str, str, Any]] = {
     "odd scale": (lambda p: {"scale": 1.3 * DIM**-0.5}, O_PROJ, "prefill", "attention_scale", "scale",
                   pytest.approx(1.3 * DIM**-0.5, rel=0.02)),
     "pairs": (lambda p: {"rotate": pairs}, O_PROJ, "prefill", "rope_layout", "rotation", "pairs"),
+    "pairs and angles": (lambda p: {"rotate": pairs_with_angles}, O_PROJ, "prefill", "rope_layout", "relaid", True),
+    "half rotated": (lambda p: {"rotate": part}, O_PROJ, "prefill", "rope_partial", "rotated", DIM // 2),
     "no rope": (lambda p: {"rotate": lambda h, c, s: h}, O_PROJ, "prefill", "rope_missing", "", None),
     "backwards": (lambda p: {"rotate": lambda h, c, s: rotate(h, c, -s)}, O_PROJ, "prefill", "rope_direction",
                "", None),
     "sees next": (lambda p: {"visible": lambda q, k: causal(q + 1, k)}, O_PROJ, "prefill", "causal_mask", "ahead", 1),
+    "own token": (lambda p: {"visible": lambda q, k: causal(q - 1, k)}, O_PROJ, "prefill", "causal_mask", "ahead", -1),
     "no mask": (lambda p: {"visible": lambda q, k: causal(q + 99, k)}, O_PROJ, "prefill", "causal_mask", "ahead", None),
     "window": (lambda p: {"visible": lambda q, k: causal(q, k) & (q[:, None] - k < 8)}, O_PROJ, "prefill",
                "sliding_window", "window", 8),
     "blind": (lambda p: {"visible": lambda q, k: causal(q, k) & ((k > 0) | (q[:, None] < PROMPT))}, O_PROJ, "decode",
               "mask_hides_keys", "hidden_keys", 1),
     "cache": (lambda p: {"cache": zero_decoded_keys}, O_PROJ, "decode", "stale_cache", "decoded", "zero_keys"),
+    "late values": (lambda p: {"cache": late_values}, O_PROJ, "decode", "stale_cache", "decoded", "late_values"),
+    "overwritten": (lambda p: {"cache": overwritten}, O_PROJ, "decode", "stale_cache", "decoded", "overwritten"),
     "tiled": (lambda p: {"share": lambda head: head % KV_HEADS}, O_PROJ, "prefill", "kv_head_order", "", None),
     "heads": (lambda p: {"mixed": lambda h: h.reshape(-1, HEADS, DIM).swapaxes(1, 2).reshape(h.shape)}, O_PROJ,
               "prefill", "input_order", "", None),
@@ -157,6 +192,10 @@ BUGS: dict[str, tuple[Change, str, str, str, str, Any]] = {
     "int4": (with_weight(DOWN, int4), DOWN, "prefill", "quantised_weights", "dtype", "INT4"),
     "residual": (lambda p: {"add": lost_residual}, "model.layers.1.post_attention_layernorm", "prefill",
                  "missing_residual", "lacks", "model.layers.0"),
+    "block factor": (lambda p: {"add": scaled_block}, "model.layers.0", "prefill", "residual_multiplier", "factor",
+                     pytest.approx(0.22, rel=0.02)),
+    "vocabulary part": (with_weight("model.embed_tokens", lambda w: w * (np.arange(VOCABULARY) < 41)[:, None]),
+                        "model.embed_tokens", "prefill", "embedding_shard", "last_id", 40),
     "shards": (with_weight("lm_head", lambda w: np.roll(w, VOCABULARY // 2, 0)), "lm_head", "prefill",
                "vocabulary_shards", "n_ranges", 2),
     "last token": (lambda p: {"logits": lambda x: np.concatenate([x[:1], x[:-1]])}, "lm_head", "prefill", "token_shift",
@@ -189,6 +228,11 @@ def findings(trace: Trace, port: Port, run: str) -> list[Finding]:
 def examined(trace: Trace, port: Port, run: str, site: str, phase: str = "prefill") -> Finding:
     """What is said about one site, without measuring all of them first."""
     record(trace, run, replace(port, sites={}))
+    return examined_run(trace, run, site, phase)
+
+
+def examined_run(trace: Trace, run: str, site: str, phase: str = "prefill") -> Finding:
+    """What is said about one site of a recorded run, of a trace with `fp32` and `bf16`."""
     names = [info.site.name for info in sites_of(trace, "fp32")]
     with catalog.writing(trace.catalog_path) as connection:
         connection.execute(
@@ -297,6 +341,7 @@ def test_without_matrices_they_are_estimated_from_the_reference(tmp_path: Path) 
     for name, change, site, cause in (
         ("scale", {"scale": 1.0 / DIM}, O_PROJ, "attention_scale"),
         ("reduce", {"project": partial_down}, DOWN, "missing_all_reduce"),
+        ("int4", with_weight(DOWN, int4)(port), DOWN, "quantised_weights"),
     ):
         assert examined(trace, replace(port, **change), name, site).cause == cause
     assert trace.query("SELECT count(*) AS n FROM tensors WHERE phase = 'static' AND len(shape) > 1").to_pylist() == [

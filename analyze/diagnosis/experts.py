@@ -35,10 +35,12 @@ class Experts:
     """What the experts of one run returned for the scene's tokens.
 
     Attributes:
+        inputs: what the block was given, `[tokens, features]`.
         outputs: of the modules `NAME` of all experts, by `NAME` (empty for the experts themselves), `[experts, tokens,
             features]`; NaN where an expert did not see a token. Modules that were called with other rows are missing.
     """
 
+    inputs: FloatArray
     outputs: Mapping[str, FloatArray]
 
     def mixed(self, affinities: FloatArray) -> FloatArray:
@@ -48,7 +50,12 @@ class Experts:
 
     def filled(self, other: Experts) -> Experts:
         """What an expert did not see here, as it is in another run."""
-        return Experts({"": np.where(np.isnan(self.outputs[""]), other.outputs[""], self.outputs[""])})
+        return Experts(self.inputs, {"": np.where(np.isnan(self.outputs[""]), other.outputs[""], self.outputs[""])})
+
+    def given_the_same(self, other: Experts, noise: float) -> bool:
+        """Whether the blocks' inputs agree."""
+        apart = np.linalg.norm(self.inputs - other.inputs) / max(np.linalg.norm(other.inputs), 1e-300)
+        return bool(apart <= _SAME * noise)
 
     def same(self, other: Experts, noise: float, ours: str = "", theirs: str | None = None) -> np.ndarray:
         """Whether expert i here returned what expert j there did, on tokens that both saw: `float[experts, experts]`.
@@ -94,7 +101,7 @@ def recorded_experts(scene: Scene, side: str, parts: tuple[str, ...] = ("",)) ->
             continue
         nothing = np.full((len(tokens), width), np.nan)
         outputs[part] = np.stack([nothing if values is None else values for values in by_number.values()])
-    return Experts(outputs) if "" in outputs else None
+    return Experts(tokens, outputs) if "" in outputs else None
 
 
 def _block_inputs(scene: Scene, side: str, block: str) -> FloatArray | None:

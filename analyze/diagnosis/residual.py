@@ -1,37 +1,42 @@
-"""Sums of two earlier sites: a residual connection that is lost, doubled, has another sign or a factor."""
+"""Sums of two or three earlier sites: a residual connection that is lost, doubled, has another sign or a factor."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 
 import numpy as np
 
 from .hypothesis import INHERITED, NUMBER, Prediction
-from .inputs import SiteSum, best_view, find_source, sources
+from .inputs import SiteSum, best_view, earlier, find_source, sources
 from .runs import FloatArray
 from .scene import Scene
 
 #: Factors nearer than this to one that has a name of its own are left to it.
 _NEAR = 1e-3
+#: Nearest sites of which three are summed.
+_SUMMANDS = 7
 #: Words in the names of those numbers of a config that belong on a branch.
 _OF_BRANCHES = ("residual", "depth", "layers", "routed")
 
 
 def residual(scene: Scene) -> Iterator[Prediction]:
-    """A container's output that is the sum of two sites, with one of them missing or counted twice."""
+    """A container's output that is a sum of sites, with one of them missing, counted twice or scaled."""
     if scene.site.port == "output" and (scene.site.module, "weight") in scene.runs.parameters:
         return
-    pairs = (source for source in sources(scene, scene.features, sums=True, own=False) if len(source.sites) == 2)
-    source = find_source(scene, pairs, lambda x: x)
+    source = find_source(scene, _sums(scene), lambda x: x)
     if source is None:
         return
     view = best_view(scene, [source])
-    one, other = (SiteSum((site,)) for site in source.sites)
-    a, b = one.rows(view), other.rows(view)
-    if a is None or b is None:
+    total = source.rows(view)
+    if total is None:
         return
-    yield Prediction(INHERITED, a + b, "the sum is right; what is added is not", "")
-    for kept, lost, kept_rows, lost_rows in ((one, other, a, b), (other, one, b, a)):
+    yield Prediction(INHERITED, total, "the sum is right; what is added is not", "")
+    for site in source.sites:
+        kept, lost = SiteSum(tuple(other for other in source.sites if other != site)), SiteSum((site,))
+        kept_rows, lost_rows = kept.rows(view), lost.rows(view)
+        if kept_rows is None or lost_rows is None:
+            continue
         yield Prediction(
             "missing_residual",
             kept_rows,
@@ -65,8 +70,17 @@ def residual(scene: Scene) -> Iterator[Prediction]:
         yield from _factor(scene, kept_rows, lost_rows, lost.name)
 
 
+def _sums(scene: Scene) -> Iterator[SiteSum]:
+    """Sums of two earlier sites, then of three: a layer adds two blocks to what it is given."""
+    for source in sources(scene, scene.features, sums=True, own=False):
+        if len(source.sites) == 2:
+            yield source
+    near = [info.site for info in earlier(scene, scene.features)[:_SUMMANDS]]
+    yield from (SiteSum(sites) for sites in combinations(near, 3))
+
+
 def _factor(scene: Scene, kept: FloatArray, scaled: FloatArray, name: str) -> Iterator[Prediction]:
-    """One of the two summands has a factor, by least squares."""
+    """One of the summands has a factor, by least squares."""
     square = float(np.square(scaled).sum())
     factor = float((scaled * (scene.target - kept)).sum()) / square if square else 1.0
     if min(abs(factor - plain) for plain in (-1.0, 0.0, 1.0, 2.0)) < _NEAR:
@@ -78,7 +92,7 @@ def _factor(scene: Scene, kept: FloatArray, scaled: FloatArray, name: str) -> It
         "residual_multiplier",
         kept + factor * scaled,
         f"{name} is multiplied by {factor:.4g}{called} before it is added",
-        "add both summands as they are, or with residual_multiplier where the config has one",
+        "add all summands as they are, or with residual_multiplier where the config has one",
         NUMBER,
         1,
         {"factor": factor, "of": name, "equals": names},

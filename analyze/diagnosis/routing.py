@@ -149,7 +149,7 @@ def routing(scene: Scene) -> Iterator[Prediction]:
     values = experts.mixed(law(logits, rounding))
     if wrong is not None:
         yield Prediction(wrong[0], values, wrong[1], wrong[2], parameters=wrong[3])
-    elif theirs is None or not (theirs.same(ours, scene.noise).diagonal() == 0.0).any():
+    elif theirs is None or not _wrong(theirs, ours, scene.noise):
         yield Prediction(INHERITED, values, "routing and experts are right; what they are given is not", "")
         for other, cause, summary, remedy in _mistakes(law, logits.shape[1]):
             yield Prediction(
@@ -197,6 +197,11 @@ def _mixing_rule(scene: Scene, experts: Experts, logits: FloatArray, top: int) -
         if known.mean() >= _KNOWN and agrees(scene, mixed[known], scene.reference[known]):
             return Routing(top, rule)
     return None
+
+
+def _wrong(theirs: Experts, ours: Experts, noise: float) -> bool:
+    """Whether an expert returns something else though it was given the same."""
+    return theirs.given_the_same(ours, noise) and bool((theirs.same(ours, noise).diagonal() == 0.0).any())
 
 
 def _misplaced(
