@@ -50,6 +50,7 @@ def test_tables_of_several_or_interleaved_rotary_embeddings_are_no_modules_to_co
     }
     assert _entries("qwen3", _SIZES, *sites[:2]) == {}
     assert [targets for targets, _ in _entries("cohere", _SIZES, *sites[:2]).values()] == [[], []]
+    assert [targets for targets, _ in _entries("deepseek_v2", _SIZES, "model.rotary_emb").values()] == [[]]
 
 
 def test_sizes_are_those_of_the_model_that_runs() -> None:

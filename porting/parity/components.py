@@ -186,7 +186,7 @@ def _pairs(spec: Architecture, n_layers: int) -> Iterator[tuple[str, str, str]]:
     if len(rotary) > 1 or any(one.layout == "interleaved" for one in rotary):
         base = spec.layer.path.rpartition(".")[0]
         for name in ("rotary_emb", "rotary_emb_local"):
-            yield from ((f"{base}.{name}{slot}", "", _TABLES) for slot in ("[0]", "[1]"))
+            yield from ((f"{base}.{name}{slot}", "", _TABLES) for slot in ("[0]", "[1]", "[]"))
     for layer in range(n_layers):
         source, target = f"{spec.layer.path}.{layer}", f"layers.{layer}"
         yield source, target, "the layer"
