@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
 
+from ..store.manifest import ENCODE
 from .layout import StepLayout, layout_from_mask
 from .prompts import EncodedPrompt
 
@@ -28,11 +29,19 @@ class CausalModel(Protocol):
             input_ids: `[batch, length]` int64.
             attention_mask: `[batch, past + length]` int64, 1 at real tokens; None when all are.
             position_ids: `[batch, length]` int64.
-            cache: what the previous call returned, None at prefill.
+            cache: what the previous call returned; at prefill None, or the `Source` of an encoder-decoder.
 
         Returns:
             Logits `[batch, length or 1, vocabulary]` (one position means the last real one) and the new cache.
         """
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the encoder reads for a batch, padded on the right: token ids and mask, both `[batch, length]` int64."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
 
 
 Padding = Literal["left", "right"]
@@ -76,6 +85,27 @@ def padded(batch: Sequence[EncodedPrompt], generation: Generation) -> tuple[torc
     return ids, mask
 
 
+def source_of(batch: Sequence[EncodedPrompt], avoid: int) -> Source | None:
+    """What the encoder reads for a batch, None for models without encoder.
+
+    Args:
+        batch: the prompts.
+        avoid: number of tokens per row of the decoder. The source has another one, so that the length of a tensor's
+            token axis says whose tokens it holds.
+    """
+    sources = [prompt.source_ids for prompt in batch if prompt.source_ids is not None]
+    if not sources:
+        return None
+    longest = max(max(map(len, sources)), 2)
+    longest += longest == avoid
+    ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, source in enumerate(sources):
+        ids[row, : len(source)] = torch.tensor(source)
+        mask[row, : len(source)] = 1
+    return Source(ids, mask)
+
+
 def positions_of(mask: torch.Tensor, length: int) -> torch.Tensor:
     """Position ids of the last `length` columns of a mask; padding gets position 0."""
     return (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
@@ -106,12 +136,16 @@ def run_batch(
     prompts = range(first_prompt, first_prompt + len(batch))
     ids, mask = padded(batch, generation)
     continuation: list[list[int]] = [[] for _ in batch]
-    cache: Any = None
+    source = source_of(batch, ids.shape[1])
+    cache: Any = source
     number = 0
     while True:
         length = ids.shape[1]
         phase = "prefill" if number == 0 else "decode"
         layout = layout_from_mask(mask, length, phase=phase, step=number, prompts=prompts)
+        if source is not None and number == 0:
+            reading = layout_from_mask(source.mask, source.mask.shape[1], phase=ENCODE, step=0, prompts=prompts)
+            layout = replace(layout, source=reading)
         with step(layout):
             logits, cache = model(ids, mask, positions_of(mask, length), cache)
         on_logits(number, logits)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import xxhash
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ..store.errors import InputError
@@ -91,9 +91,19 @@ def load_config(source: ModelSource) -> Any:
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{source.path} holds no model that transformers knows: {_first_line(error)}") from error
-    if type(config) not in AutoModelForCausalLM._model_mapping and not getattr(config, "auto_map", None):
+    if type(config) not in model_family(config)._model_mapping and not getattr(config, "auto_map", None):
         raise InputError(f"{source.path} is a {config.model_type} model, not a causal language model")
     return config
+
+
+def is_encoder_decoder(config: Any) -> bool:
+    """Whether a configuration is that of a model whose encoder reads text."""
+    return bool(getattr(config, "is_encoder_decoder", False)) and type(config) in AutoModelForSeq2SeqLM._model_mapping
+
+
+def model_family(config: Any) -> Any:
+    """The class of transformers that builds a configuration's language model."""
+    return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
 
 
 def load_model(source: ModelSource, dtype: torch.dtype) -> torch.nn.Module:
@@ -116,7 +126,7 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> torch.nn.Module:
         folder = source.path if source.path.is_dir() else source.path.parent
         if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
             raise InputError(f"{folder} holds no weights; add --random-init SEED to run the configuration without them")
-        model_class, state = AutoModelForCausalLM, _unpacked_weights(config, folder)
+        model_class, state = model_family(config), _unpacked_weights(config, folder)
         if state is not None:
             del config.quantization_config
             model_class = AutoModelForCausalLM._model_mapping[type(config)]
@@ -139,11 +149,12 @@ def _unpacked_weights(config: Any, folder: Path) -> dict[str, torch.Tensor] | No
 
 def _random_model(config: Any, seed: int, dtype: torch.dtype, options: dict[str, Any]) -> torch.nn.Module:
     torch.manual_seed(seed)
-    full = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+    family = model_family(config)
+    full = family.from_config(config, dtype=torch.float32, **options)
     if dtype is torch.float32:
         model: torch.nn.Module = full
     else:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        model = family.from_config(config, dtype=dtype, **options)
         model.load_state_dict(full.state_dict())
     return model.eval()
 

@@ -17,7 +17,6 @@ from ..store.trace import Trace
 from .drive import bare_prefill, observer_effect, run_prompts
 from .generate import CausalModel, Generation
 from .hf import (
-    HuggingFaceCausalModel,
     ModelSource,
     checkpoint_fingerprint,
     load_config,
@@ -28,8 +27,9 @@ from .hf import (
     quiet_transformers,
     stop_tokens,
 )
+from .hf_encoder_decoder import adapter_of, start_token
 from .plan import Plan, plan_capture
-from .prompts import EncodedPrompt, PromptInput, check_lengths, encode_prompts, teacher_prompts
+from .prompts import EncodedPrompt, PromptInput, check_lengths, encode_prompts, source_facts, teacher_prompts
 from .recorder import record
 from .replicate import Replicate
 from .selection import Selection
@@ -102,7 +102,9 @@ def prepare_prompts(trace: Trace, capture: HuggingFaceCapture, config: Any) -> l
         prompts = teacher_prompts(trace.manifest(capture.teacher))
     else:
         tokenize = load_tokenizer(capture.source)
-        prompts = encode_prompts(capture.prompts, tokenize, vocabulary=getattr(text, "vocab_size", None))
+        prompts = encode_prompts(
+            capture.prompts, tokenize, vocabulary=getattr(text, "vocab_size", None), start=start_token(config)
+        )
         if capture.teacher is not None:
             prompts = _follow(prompts, trace, capture.teacher)
     if not prompts:
@@ -144,8 +146,9 @@ def capture_hugging_face(
         "generation": {k: v for k, v in asdict(capture.generation).items() if k != "stop_tokens"},
         "selection": selection_facts(capture.selection),
         "plan": plan.as_dict() if plan else {"error": plan_error},
+        **source_facts(prompts),
     }
-    adapter: CausalModel = HuggingFaceCausalModel(model)
+    adapter = adapter_of(model)
     with ExitStack() as stack:
         if capture.replicate is not None:
             dtype = str(parse_dtype(capture.dtype)).removeprefix("torch.")
@@ -235,7 +238,7 @@ def try_plan(
 
     def build() -> tuple[torch.nn.Module, CausalModel]:
         model = load_model(seeded, dtype)
-        return model, HuggingFaceCausalModel(model)
+        return model, adapter_of(model)
 
     try:
         plan = plan_capture(
@@ -253,11 +256,12 @@ def try_plan(
 
 
 def _follow(prompts: Sequence[EncodedPrompt], trace: Trace, teacher: str) -> list[EncodedPrompt]:
-    known = {prompt.token_ids: prompt.forced for prompt in teacher_prompts(trace.manifest(teacher))}
+    followed = teacher_prompts(trace.manifest(teacher))
+    known = {(prompt.source_ids, prompt.token_ids): prompt.forced for prompt in followed}
     for prompt in prompts:
-        if prompt.token_ids not in known:
+        if (prompt.source_ids, prompt.token_ids) not in known:
             raise InputError(f"prompt {prompt.id!r} was not run by {teacher!r}; leave --prompts out to use its prompts")
-    return [replace(prompt, forced=known[prompt.token_ids]) for prompt in prompts]
+    return [replace(prompt, forced=known[prompt.source_ids, prompt.token_ids]) for prompt in prompts]
 
 
 def selection_facts(selection: Selection) -> dict[str, Any]:

@@ -41,11 +41,12 @@ class StepLayout:
     """Layout of one forward pass.
 
     Attributes:
-        phase: `prefill` or `decode`.
+        phase: `prefill`, `decode`, or `encode`: what the encoder of an encoder-decoder reads.
         step: 0 for prefill, then 1, 2, ...
         batch: length of the batch axis.
         length: length of the token axis.
         rows: rows that hold real tokens.
+        source: layout of the source, whose length is another; None without an encoder, or where it does not run.
     """
 
     phase: str
@@ -53,6 +54,7 @@ class StepLayout:
     batch: int
     length: int
     rows: tuple[Row, ...]
+    source: StepLayout | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,14 @@ def layout_from_mask(mask: torch.Tensor, length: int, *, phase: str, step: int, 
         first = mask.shape[1] - length + start
         rows.append(Row(index, prompt, start, count, int(positions[index, first])))
     return StepLayout(phase, step, len(prompts), length, tuple(rows))
+
+
+def layout_of(shape: Sequence[int], layout: StepLayout | None) -> StepLayout | None:
+    """Whose tokens a tensor holds: those of the pass, or the source's, told by the length of its token axis."""
+    source = None if layout is None else layout.source
+    if layout is None or source is None or infer_dims(shape, layout.batch, layout.length, last_only=False):
+        return layout
+    return source if infer_dims(shape, source.batch, source.length, last_only=False) else layout
 
 
 def infer_dims(shape: Sequence[int], batch: int, length: int, *, last_only: bool) -> str:

@@ -8,16 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..store.errors import InputError
-from ..store.manifest import RunManifest
+from ..store.manifest import ENCODER_TOKENS, RunManifest
 
 
 @dataclass(frozen=True)
 class PromptInput:
-    """A prompt as the user gave it: text or token ids."""
+    """A prompt as the user gave it: text or token ids.
+
+    Attributes:
+        id: the user's name for it.
+        text: its text, or
+        token_ids: its tokens; in an encoder-decoder, those that the encoder reads.
+        decoder_ids: what the decoder of an encoder-decoder begins with, None for the model's start token.
+    """
 
     id: str
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
+    decoder_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -29,12 +37,14 @@ class EncodedPrompt:
         text: its text, None when it was given as token ids.
         token_ids: prompt tokens.
         forced: tokens to feed after the prompt (teacher forcing); the last one is never fed.
+        source_ids: what the encoder of an encoder-decoder reads; the other tokens are its decoder's.
     """
 
     id: str
     text: str | None
     token_ids: tuple[int, ...]
     forced: tuple[int, ...] | None = None
+    source_ids: tuple[int, ...] | None = None
 
 
 def read_prompts(path: Path) -> list[PromptInput]:
@@ -70,18 +80,27 @@ def _parse_json(line: str, number: int, path: Path) -> PromptInput:
     if not isinstance(value, dict) or ("text" in value) == ("token_ids" in value):
         raise InputError(f'{where} needs either "text" or "token_ids"')
     name = str(value.get("id", number))
+    decoder_ids = _ids(value, "decoder_ids", where) if "decoder_ids" in value else None
     if "text" in value:
         if not isinstance(value["text"], str):
             raise InputError(f'{where}: "text" must be a string')
-        return PromptInput(name, text=value["text"])
-    ids = value["token_ids"]
+        return PromptInput(name, text=value["text"], decoder_ids=decoder_ids)
+    return PromptInput(name, token_ids=_ids(value, "token_ids", where), decoder_ids=decoder_ids)
+
+
+def _ids(value: dict[str, object], key: str, where: str) -> tuple[int, ...]:
+    ids = value[key]
     if not isinstance(ids, list) or not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-        raise InputError(f'{where}: "token_ids" must be a list of integers')
-    return PromptInput(name, token_ids=tuple(ids))
+        raise InputError(f'{where}: "{key}" must be a list of integers')
+    return tuple(ids)
 
 
 def encode_prompts(
-    prompts: Sequence[PromptInput], tokenize: Callable[[str], list[int]] | None, *, vocabulary: int | None
+    prompts: Sequence[PromptInput],
+    tokenize: Callable[[str], list[int]] | None,
+    *,
+    vocabulary: int | None,
+    start: int | None = None,
 ) -> list[EncodedPrompt]:
     """Turn prompts into token ids.
 
@@ -89,6 +108,7 @@ def encode_prompts(
         prompts: as the user gave them.
         tokenize: text to token ids; None when the model has no tokenizer.
         vocabulary: number of token ids the model knows, None to skip the check.
+        start: token that the decoder of an encoder-decoder begins with, None for other models.
 
     Raises:
         InputError: a prompt is empty, out of the vocabulary, or text without a tokenizer.
@@ -105,12 +125,19 @@ def encode_prompts(
             ids = tokenize(prompt.text or "")
         if not ids:
             raise InputError(f"prompt {prompt.id!r} has no tokens; give it at least one")
-        wrong = [token for token in ids if token < 0 or (vocabulary is not None and token >= vocabulary)]
+        begin = (prompt.decoder_ids or (start,)) if start is not None else prompt.decoder_ids or ()
+        if begin and start is None:
+            raise InputError(f"prompt {prompt.id!r} has decoder_ids, but the model has no encoder; leave them out")
+        known = (*ids, *begin)
+        wrong = [token for token in known if token < 0 or (vocabulary is not None and token >= vocabulary)]
         if wrong:
             raise InputError(
                 f"prompt {prompt.id!r} holds token id {wrong[0]}, the model knows 0..{(vocabulary or 0) - 1}"
             )
-        encoded.append(EncodedPrompt(prompt.id, prompt.text, tuple(ids)))
+        if begin:
+            encoded.append(EncodedPrompt(prompt.id, prompt.text, begin, source_ids=tuple(ids)))
+        else:
+            encoded.append(EncodedPrompt(prompt.id, prompt.text, tuple(ids)))
     return encoded
 
 
@@ -123,11 +150,24 @@ def teacher_prompts(teacher: RunManifest) -> list[EncodedPrompt]:
     tokens = {item.prompt: item.token_ids for item in teacher.tokens}
     if not teacher.prompts or not tokens:
         raise InputError(f"run {teacher.run!r} has no tokens to follow; choose a run that generated text")
+    sources = [tuple(ids) for ids in teacher.provenance.get(ENCODER_TOKENS, ())]
     return [
-        EncodedPrompt(p.id, p.text, tokens[p.prompt][: p.n_tokens], tokens[p.prompt][p.n_tokens :])
+        EncodedPrompt(
+            p.id,
+            p.text,
+            tokens[p.prompt][: p.n_tokens],
+            tokens[p.prompt][p.n_tokens :],
+            sources[p.prompt] if sources else None,
+        )
         for p in teacher.prompts
         if p.prompt in tokens
     ]
+
+
+def source_facts(prompts: Sequence[EncodedPrompt]) -> dict[str, list[list[int]]]:
+    """What a run's provenance keeps of prompts: the tokens that the encoder read, by prompt; empty without encoder."""
+    sources = [list(prompt.source_ids) for prompt in prompts if prompt.source_ids is not None]
+    return {ENCODER_TOKENS: sources} if sources else {}
 
 
 def check_lengths(prompts: Sequence[EncodedPrompt], new_tokens: int, limit: int | None) -> None:

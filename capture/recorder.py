@@ -17,7 +17,7 @@ from ..store.index import TensorKey
 from ..store.manifest import ROLES, Module, Prompt, PromptTokens, RunManifest, write_manifest
 from ..store.run_writer import QUEUE_BYTES, SHARD_BYTES, RunWriter
 from ..store.trace import Trace, site_name
-from .layout import Cut, StepLayout, cut
+from .layout import Cut, StepLayout, cut, layout_of
 from .pending import PendingTensor, WriteGuard, check_storable
 from .provenance import environment, weights_fingerprint
 from .selection import Selection
@@ -138,11 +138,11 @@ class Recorder:
         return hook
 
     def _record(self, path: str, port: str, call: int, value: Any) -> None:
-        layout = self._layout
-        phase, step = (layout.phase, layout.step) if layout else ("forward", max(self.n_forwards - 1, 0))
         order = self._order
         self._order += 1
         for slot, tensor in tensor_slots(value):
+            layout = layout_of(tensor.shape, self._layout)
+            phase, step = (layout.phase, layout.step) if layout else ("forward", max(self.n_forwards - 1, 0))
             for part in self._cuts(path, port, slot, tensor, layout):
                 prompt = 0 if layout is None else part.prompt
                 start, count = part.position_start, part.position_count

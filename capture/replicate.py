@@ -186,7 +186,11 @@ def _perturbed(model: torch.nn.Module, adapter: CausalModel, seed: int, share: f
         return adapter(input_ids, attention_mask, position_ids, cache)
 
     def perturb(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        signs = _signs(now["ids"], now["positions"], output.shape[-1], seed, share).to(output.device)
+        ids, positions = now["ids"], now["positions"]
+        if output.shape[:2] != ids.shape:  # what an encoder reads: its rows begin at position 0
+            ids = args[0]
+            positions = torch.arange(ids.shape[1]).expand_as(ids)
+        signs = _signs(ids, positions, output.shape[-1], seed, share).to(output.device)
         return (output.float() * (1.0 + torch.finfo(output.dtype).eps * signs)).to(output.dtype)
 
     handle = embedding.register_forward_hook(perturb)

@@ -11,7 +11,7 @@ from .console import EXIT_CODES, VERDICT_STYLES, Json, print_json, print_table, 
 
 if TYPE_CHECKING:
     from ..porting.parity.gate import Check, GateReport
-    from ..porting.spec.architecture import Architecture
+    from ..porting.spec.encoder_decoder_facts import AnyArchitecture
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Model folder, or a config.json alone.")]
 
@@ -42,7 +42,7 @@ def analyze(
         print(to_json(architecture), end="")
         return
     print_table(
-        f"{architecture.class_name}: {architecture.layer.placement}-normed, {architecture.layer.residual} residual",
+        f"{architecture.class_name}: {architecture.summary}",
         ("fact", "value", "from"),
         list(_facts(architecture)),
     )
@@ -135,7 +135,7 @@ def _as_dict(report: GateReport) -> dict[str, Any]:
     }
 
 
-def _facts(architecture: Architecture) -> list[tuple[str, str, str]]:
+def _facts(architecture: AnyArchitecture) -> list[tuple[str, str, str]]:
     from ..porting.spec.document import leaves, origin_of
 
     return [(field, str(value), origin_of(architecture, field)) for field, value in leaves(architecture)]

@@ -27,7 +27,8 @@ class TensorKey:
 
     Attributes:
         prompt: index of the prompt in the run; None for parameters and buffers.
-        phase: `prefill`, `decode`, `forward` (a model without tokens) or `static` (parameters, buffers).
+        phase: `encode` (positions are those of an encoder's source), `prefill`, `decode`, `forward` (a model without
+            tokens) or `static` (parameters, buffers).
         step: 0 for prefill, then 1, 2, ... for decode steps.
         call: how often the module had been called before within the same step.
         exec_order: position in execution order within the step.

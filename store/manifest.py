@@ -15,6 +15,10 @@ from .index import FORMAT_VERSION
 
 ROLES = ("reference", "baseline", "target")
 STATUSES = ("running", "complete", "failed", "repaired")
+#: Key of a run's provenance: for every prompt, the tokens that the encoder of an encoder-decoder read.
+ENCODER_TOKENS = "encoder_tokens"
+#: Phase of what an encoder computes: its positions are those of these tokens.
+ENCODE = "encode"
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,63}")
 _FILE = "run.json"
 

@@ -12,7 +12,7 @@ from typing import Any
 from ...store.errors import InputError, TraceNotFoundError
 from ...store.trace import Trace
 
-_PHASES = ("prefill", "decode", "forward")
+_PHASES = ("encode", "prefill", "decode", "forward")
 #: Names listed in an error message before it says how many more there are.
 _LISTED = 6
 

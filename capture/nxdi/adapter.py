@@ -86,7 +86,7 @@ class NxdiCausalModel:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             self._application.reset()
             return self._prefill(input_ids, mask, real), True
-        ids, positions = _with_rows(input_ids, self._batch), _with_rows(position_ids, self._batch)
+        ids, positions = with_rows(input_ids, self._batch), with_rows(position_ids, self._batch)
         with self._recorded(self._padded(1)):
             output = self._forward(ids, None, positions, torch.arange(self._batch))
         return output[:rows], True
@@ -98,7 +98,7 @@ class NxdiCausalModel:
         ids = ids.masked_fill(mask == 0, self._pad_token)
         n_rows = ids.shape[0]
         if not self._one_by_one:
-            ids, mask, positions = (_with_rows(value, self._batch) for value in (ids, mask, positions))
+            ids, mask, positions = (with_rows(value, self._batch) for value in (ids, mask, positions))
             with self._recorded(self._padded(self._length)):
                 return self._forward(ids, mask, positions, torch.arange(self._batch))[:n_rows]
         logits = []
@@ -140,7 +140,7 @@ class NxdiCausalModel:
         return replace(self._layout, batch=1, length=self._length, rows=rows)
 
 
-def _with_rows(values: torch.Tensor, batch: int) -> torch.Tensor:
+def with_rows(values: torch.Tensor, batch: int) -> torch.Tensor:
     """Fill a batch up by repeating its first row."""
     missing = batch - values.shape[0]
     return values if missing <= 0 else torch.cat([values, values[:1].expand(missing, -1)])

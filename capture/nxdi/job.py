@@ -83,6 +83,7 @@ class RankJob:
                 prompt["text"],
                 tuple(prompt["token_ids"]),
                 None if prompt["forced"] is None else tuple(prompt["forced"]),
+                None if prompt["source_ids"] is None else tuple(prompt["source_ids"]),
             )
             for prompt in body["prompts"]
         )

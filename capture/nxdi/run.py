@@ -24,7 +24,7 @@ from ...store.trace import Trace
 from ..generate import Generation
 from ..hf import ModelSource, checkpoint_fingerprint, load_config, parse_dtype, quiet_transformers, stop_tokens
 from ..hf_run import CaptureSummary, HuggingFaceCapture, prepare_prompts, selection_facts
-from ..prompts import EncodedPrompt, PromptInput
+from ..prompts import EncodedPrompt, PromptInput, source_facts
 from ..provenance import environment
 from ..selection import Selection
 from .job import RankJob
@@ -127,6 +127,7 @@ def prepare_job(trace: Trace, capture: NxdiCapture, folder: Path) -> RankJob:
         config,
     )
     generation = replace(capture.generation, stop_tokens=stop_tokens(config), padding="right")
+    length = capture.length or length_for(prompts, generation, config.get_text_config())
     job = RankJob(
         model=str(capture.model.resolve()),
         port=capture.port,
@@ -136,14 +137,14 @@ def prepare_job(trace: Trace, capture: NxdiCapture, folder: Path) -> RankJob:
         run=capture.run,
         dtype=str(parse_dtype(capture.dtype)).removeprefix("torch."),
         tp=capture.tp,
-        length=capture.length or length_for(prompts, generation, config.get_text_config()),
+        length=length,
         prompts=tuple(prompts),
         generation=generation,
         selection=capture.selection,
         statistics_only=capture.statistics_only,
         scores=capture.scores,
         library_capture=capture.library_capture,
-        options=capture.options,
+        options=source_options(prompts, length) | capture.options,
     )
     job.write(folder / "job.json")
     return job
@@ -283,6 +284,16 @@ def length_for(prompts: Sequence[EncodedPrompt], generation: Generation, config:
     return -(-max(longest, window) // _LENGTH_STEP) * _LENGTH_STEP
 
 
+def source_options(prompts: Sequence[EncodedPrompt], length: int) -> dict[str, int]:
+    """How long a source the encoder of an encoder-decoder is built for, as an option of the port's NeuronConfig.
+
+    It is another length than the decoder's, so that tensors tell whose tokens they hold; empty without an encoder.
+    """
+    longest = max((len(prompt.source_ids) for prompt in prompts if prompt.source_ids is not None), default=0)
+    rounded = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
+    return {"source_len": rounded + _LENGTH_STEP * (rounded == length)} if longest else {}
+
+
 def _manifest(capture: NxdiCapture, job: RankJob, found: Environment, fingerprint: str) -> RunManifest:
     facts = environment()
     facts.update(
@@ -293,7 +304,8 @@ def _manifest(capture: NxdiCapture, job: RankJob, found: Environment, fingerprin
         nxd=found.nxd.version if found.nxd else None,
         stand_in=not found.has_sdk,
         length=job.length,
-        options=capture.options,
+        options=job.options,
+        **source_facts(job.prompts),
         library_capture=capture.library_capture,
         generation={k: v for k, v in dataclasses.asdict(job.generation).items() if k != "stop_tokens"},
         selection=selection_facts(capture.selection),

@@ -14,6 +14,7 @@ from ..selection import Selection
 from .adapter import StepRecorder
 from .captured import CapturedTensorHook, library_capture
 from .device_plan import plan_device_capture
+from .encoder_decoder import BothStacks, EncoderDecoderRecorder
 from .job import RankJob
 from .recorder import NxdiRecorder
 from .site_dims import SiteDims
@@ -23,7 +24,9 @@ Taking = tuple[tuple[StepRecorder, ...], dict[str, Any]]
 
 
 def distinct_models(application: Any) -> list[torch.nn.Module]:
-    """The models of an application; with continuous batching, prefill and decode have one each."""
+    """The models of an application: with continuous batching, prefill and decode have one each; two stacks are one."""
+    if not hasattr(application, "models"):
+        return [BothStacks(application)]
     models: list[torch.nn.Module] = []
     for wrapper in application.models:
         if not any(wrapper.model is model for model in models):
@@ -41,8 +44,9 @@ def take_from_hooks(
     job: RankJob, rank: int, models: Sequence[torch.nn.Module], writer: TensorSink, facts: dict[str, Any]
 ) -> Iterator[Taking]:
     """Record with hooks on every module, and taps; the facts tell what was skipped."""
+    kind = EncoderDecoderRecorder if isinstance(models[0], BothStacks) else NxdiRecorder
     recorders = tuple(
-        NxdiRecorder(model, writer, job.selection, rank=rank, tp=job.tp, cache_length=job.length, scores=job.scores)
+        kind(model, writer, job.selection, rank=rank, tp=job.tp, cache_length=job.length, scores=job.scores)
         for model in models
     )
     recorders[0].record_parameters()

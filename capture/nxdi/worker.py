@@ -18,9 +18,9 @@ from ...store.run_writer import RunWriter
 from ..drive import bare_prefill, observer_effect, run_prompts
 from ..hf import parse_dtype, quiet_transformers
 from ..provenance import weights_fingerprint
-from .adapter import NxdiCausalModel
 from .application import CpuSettings, build_application, build_config
 from .device_plan import ON_DEVICE_SAMPLING
+from .encoder_decoder import drive_of
 from .job import RankJob
 from .port import activate, load_class, parse_class
 from .rank_process import join_ranks, run_rank
@@ -64,13 +64,7 @@ def _record(
     def current() -> bytes:
         return dataclasses.replace(manifest, tokens=tuple(tokens), modules=modules_of(models[0])).to_json()
 
-    drive = NxdiCausalModel(
-        application,
-        batch=settings.batch,
-        length=settings.length,
-        pad_token=job.generation.pad_token,
-        one_by_one=settings.continuous_batching,
-    )
+    drive = drive_of(application, models[0], settings, job.generation.pad_token)
     with torch.no_grad():
         bare = bare_prefill(drive, job.prompts, job.generation)
         facts["weights_fingerprint"] = weights_fingerprint(models[0])

@@ -186,6 +186,6 @@ def _inner(stack: Stack) -> Iterator[tuple[str, str]]:
             yield from ((f"{attention.module}.{old}", f"{block}.{new}") for old, new in pairs)
     if stack.positions is not None and not stack.positions.shared:
         yield f"{stack.attention.module}.{stack.positions.module}", "relative_bias.table"
-    block = stack.feed_forward
-    for name in dict.fromkeys(n for n in (block.gate, block.up, block.down) if n):
-        yield f"{block.module}.{name}", f"mlp.{name}"
+    feed_forward = stack.feed_forward
+    for name in dict.fromkeys(n for n in (feed_forward.gate, feed_forward.up, feed_forward.down) if n):
+        yield f"{feed_forward.module}.{name}", f"mlp.{name}"

@@ -11,9 +11,8 @@ from pathlib import Path
 import jinja2
 
 from ...store.errors import InputError
-from ..spec.architecture import Architecture
 from ..spec.document import to_json
-from ..spec.encoder_decoder_facts import EncoderDecoder
+from ..spec.encoder_decoder_facts import AnyArchitecture, EncoderDecoder
 from .encoder_decoder_plan import encoder_decoder_plan
 from .imports import imports_for
 from .plan import plan, release_text, stem_of
@@ -43,7 +42,7 @@ class Port:
         return f"{PORT_FOLDER}/{self.module}:{self.class_name}"
 
 
-def generate(spec: Architecture | EncoderDecoder, sdk: str | None = None) -> Port:
+def generate(spec: AnyArchitecture, sdk: str | None = None) -> Port:
     """The files of a port; the same spec and release give the same bytes.
 
     Args:
@@ -71,7 +70,7 @@ def write_port(port: Port, folder: Path) -> Path:
     return folder / PORT_FOLDER / port.module
 
 
-def modeling_text(spec: Architecture | EncoderDecoder, sdk: str | None = None) -> str:
+def modeling_text(spec: AnyArchitecture, sdk: str | None = None) -> str:
     """The modeling file."""
     if isinstance(spec, EncoderDecoder):
         file, context = "encoder_decoder.py.jinja", encoder_decoder_plan(spec, stem_of(spec), release_text(sdk))

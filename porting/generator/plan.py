@@ -12,7 +12,7 @@ from typing import Any
 from ...store.errors import InputError
 from ..spec.architecture import Architecture, Norm
 from ..spec.document import numbers_in
-from ..spec.encoder_decoder_facts import EncoderDecoder
+from ..spec.encoder_decoder_facts import AnyArchitecture
 from .attention_plan import attention_plan, heads_norm_plan, rotary_plan
 from .conversion import conversion_of
 from .ends_plan import embedding_plan, head_plan
@@ -74,7 +74,7 @@ def release_text(sdk: str | None) -> str:
     return f" {RELEASES[sdk]} (SDK {sdk})" if sdk else ""
 
 
-def stem_of(spec: Architecture | EncoderDecoder) -> str:
+def stem_of(spec: AnyArchitecture) -> str:
     """The model's name in class names: `Llama` of LlamaForCausalLM."""
     return re.sub(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", "", spec.class_name)
 

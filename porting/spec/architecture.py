@@ -203,3 +203,8 @@ class Architecture(Fact):
     packing: Packing | None = None
     sources: tuple[Source, ...] = field(default=(), repr=False)
     version: int = VERSION
+
+    @property
+    def summary(self) -> str:
+        """Its main traits in words."""
+        return f"{self.layer.placement}-normed, {self.layer.residual} residual"

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...store.errors import InputError
-from . import architecture
 from .architecture import VERSION, Architecture, Number
-from .encoder_decoder_facts import EncoderDecoder
+from .encoder_decoder_facts import AnyArchitecture, EncoderDecoder
 
 _JSON_TYPES: dict[Any, dict[str, Any]] = {
     str: {"type": "string"},
@@ -23,12 +22,12 @@ _JSON_TYPES: dict[Any, dict[str, Any]] = {
 }
 
 
-def to_json(spec: Architecture | EncoderDecoder) -> str:
+def to_json(spec: AnyArchitecture) -> str:
     """The spec as JSON; equal specs give equal text."""
     return json.dumps(dataclasses.asdict(spec), indent=2) + "\n"
 
 
-def from_json(text: str) -> Architecture:
+def from_json(text: str) -> AnyArchitecture:
     """Read a spec back.
 
     Raises:
@@ -41,7 +40,8 @@ def from_json(text: str) -> Architecture:
             raise InputError(
                 f"the architecture has version {found}, this tensorsleuth reads {VERSION}: analyze it again"
             )
-        return typing.cast(Architecture, _read(Architecture, document))
+        kind = EncoderDecoder if "decoder" in document else Architecture
+        return typing.cast(AnyArchitecture, _read(kind, document))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"this is no architecture: {type(error).__name__}: {error}; write one with port analyze"
@@ -56,7 +56,7 @@ def _read(kind: Any, value: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         return tuple(_read(typing.get_args(kind)[0], item) for item in value)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        hints = typing.get_type_hints(kind, vars(architecture))
+        hints = typing.get_type_hints(kind)
         unknown = set(value) - set(hints)
         if unknown:
             raise TypeError(f"{kind.__name__} has no {', '.join(sorted(unknown))}")
@@ -67,7 +67,7 @@ def _read(kind: Any, value: Any) -> Any:
 def json_schema() -> dict[str, Any]:
     """The JSON schema of the document (draft 2020-12)."""
     definitions: dict[str, Any] = {}
-    root = _schema(Architecture, definitions)
+    root = _schema(AnyArchitecture, definitions)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **root, "$defs": definitions}
 
 
@@ -80,7 +80,7 @@ def _schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
         return {"type": "array", "items": _schema(typing.get_args(kind)[0], definitions)}
     if kind.__name__ not in definitions:
         definitions[kind.__name__] = {}
-        hints = typing.get_type_hints(kind, vars(architecture))
+        hints = typing.get_type_hints(kind)
         fields = dataclasses.fields(kind)
         definitions[kind.__name__] = {
             "type": "object",
@@ -114,7 +114,7 @@ def without_cases(field: str) -> str:
     return path.replace(".rotary.rotary", ".rotary")
 
 
-def origin_of(spec: Architecture, field: str) -> str:
+def origin_of(spec: AnyArchitecture, field: str) -> str:
     """Where a field comes from: its own source, else that of the part it belongs to; empty when nothing is noted.
 
     Args:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...capture.packed import packing_of
 from ...store.errors import InputError
 from .document import leaves, without_cases
 from .encoder_decoder_facts import EncoderDecoder, Projection
@@ -31,6 +32,8 @@ def analyse_encoder_decoder(config: Any) -> EncoderDecoder:
         InputError: the model cannot be built, or does something that is not understood: the message begins with
             `unsupported:` and names it.
     """
+    if packing_of(config):
+        raise InputError(f"unsupported: packed weights in encoder-decoders ({config.model_type}) have no block yet")
     model = hostile_model(config)
     small = model.config
     source, target = tokens_for(small), decoder_inputs(small)["decoder_input_ids"]

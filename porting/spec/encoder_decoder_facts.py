@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .architecture import VERSION, Layer, Source
+from .architecture import VERSION, Architecture, Layer, Source
 from .attention_facts import Attention
 from .facts import Fact, Norm, Number
 from .feed_forward_facts import FeedForward
@@ -114,6 +114,17 @@ class EncoderDecoder(Fact):
     version: int = VERSION
 
     @property
+    def summary(self) -> str:
+        """Its main traits in words."""
+        layer = self.decoder.layer
+        positions = "relative positions" if self.decoder.positions is not None else "no positions"
+        return f"encoder-decoder, {layer.placement}-normed, {layer.residual} residual, {positions}"
+
+    @property
     def stacks(self) -> tuple[tuple[str, Stack], ...]:
         """Both, by name."""
         return ("encoder", self.encoder), ("decoder", self.decoder)
+
+
+#: What a port is generated from.
+AnyArchitecture = Architecture | EncoderDecoder

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from ...capture.hf import ModelSource, load_config
+from ...capture.hf import ModelSource, is_encoder_decoder, load_config, model_family
 from ...capture.packed import plain_shapes
 from ...store.errors import InputError
 from .architecture import Architecture, FeedForwardCase, Layer, MaskCase, RotaryCase
 from .attention import AttentionAnalysis, LayerAttention, with_cases
 from .checkpoint import checkpoint_keys
 from .document import leaves, without_cases
+from .encoder_decoder import analyse_encoder_decoder
+from .encoder_decoder_facts import AnyArchitecture
 from .ends import analyse_embedding, analyse_head
 from .expressions import Expressions
 from .feed_forward import analyse_feed_forward
@@ -41,7 +42,7 @@ class _Parts:
     block_claims: tuple[str, ...]
 
 
-def analyse_model(path: Path) -> Architecture:
+def analyse_model(path: Path) -> AnyArchitecture:
     """Analyse a model folder, or a config.json alone.
 
     The configuration is made small (`hostile`), the small model runs once, and every step of it is explained. With
@@ -53,7 +54,8 @@ def analyse_model(path: Path) -> Architecture:
     """
     config = load_config(ModelSource(path)).get_text_config()
     keys = checkpoint_keys(path)
-    architecture = analyse_config(config, keys)
+    architecture: AnyArchitecture
+    architecture = analyse_encoder_decoder(config) if is_encoder_decoder(config) else analyse_config(config, keys)
     if keys is not None:
         check_checkpoint(architecture, config, plain_shapes(keys))
     return architecture
@@ -188,18 +190,19 @@ def _check_claims(seen: Observation, layers: str, parts: list[_Parts], architect
             raise InputError(f"unsupported: parameter {name} of {architecture.class_name} has no place in the port")
 
 
-def check_checkpoint(architecture: Architecture, config: Any, keys: dict[str, tuple[int, ...]]) -> None:
+def check_checkpoint(architecture: AnyArchitecture, config: Any, keys: dict[str, tuple[int, ...]]) -> None:
     """Compare a checkpoint's names and shapes with what the configuration builds.
 
     Raises:
         InputError: a weight is missing, has another shape, or is none that the model knows.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = model_family(config).from_config(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     patterns = (*architecture.ignored, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if architecture.head.tied else set()
-    prefix = architecture.prefix
+    tied |= {name for name, _ in model.named_parameters(remove_duplicate=False)} - dict(model.named_parameters()).keys()
+    prefix = architecture.prefix if isinstance(architecture, Architecture) else ""
     known = dict(keys)
     if prefix and not any(name.startswith(prefix) for name in keys):
         known = {name if name in expected else f"{prefix}{name}": shape for name, shape in keys.items()}

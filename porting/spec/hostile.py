@@ -11,8 +11,8 @@ import copy
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from ...capture.hf import is_encoder_decoder, model_family
 from ...capture.packed import MXFP4, packing_of
 from ...store.errors import InputError
 
@@ -227,7 +227,7 @@ def random_model(config: Any, seed: int = 0) -> Any:
 def _built(config: Any, seed: int) -> Any:
     """A model as its classes initialise it; where the library's own initialisation fails, as constructors do."""
     torch.manual_seed(seed)
-    family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    family = model_family(config)
     try:
         try:
             return family.from_config(config, attn_implementation="eager").float()
@@ -252,6 +252,6 @@ def tokens_for(config: Any, batch: int = 2, length: int = 17, seed: int = 1) -> 
 
 def decoder_inputs(config: Any, batch: int = 2, length: int = 15, seed: int = 2) -> dict[str, torch.Tensor]:
     """What an encoder-decoder is given beside the source: tokens of another number; nothing for other models."""
-    if not config.is_encoder_decoder:
+    if not is_encoder_decoder(config):
         return {}
     return {"decoder_input_ids": tokens_for(config, batch, length, seed)}
