@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tensorsleuth.analyze.compare import ComparisonRequest, compare
+from tensorsleuth.analyze.localization.localize import localize
 from tensorsleuth.analyze.sites import sites_of
 from tensorsleuth.capture.generate import Generation
 from tensorsleuth.capture.hf import HuggingFaceCausalModel, ModelSource, load_model
@@ -234,6 +235,10 @@ def test_a_planted_bug_of_a_port_shows_where_it_is(stand_ins: Path, tmp_path: Pa
     others = [r for (_, phase), r in local(trace, summary).items() if phase == "prefill"]
     assert 0.8 < min(others) < max(others) < 1.2
     assert all(item.code for item in found)  # the port's inputs were not captured: the code before it is a suspect too
+    first = localize(trace, "target").suspects[0]  # knows of the replay
+    assert (first.module, first.phase) == (found[0].module, planted.phase)
+    worst = local(trace, summary)[first.module, first.phase]
+    assert first.injected == pytest.approx(worst) and "on the target's own inputs" in first.reason
 
 
 @pytest.fixture(scope="module")
