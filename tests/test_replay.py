@@ -238,7 +238,8 @@ def test_a_planted_bug_of_a_port_shows_where_it_is(stand_ins: Path, tmp_path: Pa
     first = localize(trace, "target").suspects[0]  # knows of the replay
     assert (first.module, first.phase) == (found[0].module, planted.phase)
     worst = local(trace, summary)[first.module, first.phase]
-    assert first.injected == pytest.approx(worst) and "on the target's own inputs" in first.reason
+    assert first.injected == pytest.approx(worst)
+    assert "on the target's own inputs" in first.reason
 
 
 @pytest.fixture(scope="module")
