@@ -18,6 +18,7 @@ from .ranking import UNKNOWN, Decision, decide
 from .runs import ComparedRuns, Counterpart
 from .scene import Scene
 from .signatures import weights, where
+from .weight_error import rounded_weight
 
 #: Laws come first: what they say that a site should hold is what the others start from.
 LAWS: tuple[Family, ...] = (
@@ -70,6 +71,8 @@ def examine(runs: ComparedRuns, origin: Origin, rank: int) -> Finding | None:
     if broken is not None:
         return _finding(runs, origin, rank, broken, {"where": where(scene), **_evidence(broken)})
     decision = _refined(runs, origin, decide(scene.error, scores(scene)))
+    if decision.cause == UNKNOWN:
+        decision = rounded_weight(scene) or decision
     evidence = {"where": where(scene), "weights": weights(scene), **_evidence(decision)}
     return _finding(runs, origin, rank, decision, evidence)
 
@@ -136,12 +139,13 @@ def _evidence(decision: Decision) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if decision.best is not None:
         best = decision.best
-        facts |= {
-            "explained": best.explained,
-            "share": best.share,
-            "residual_ratio": best.residual_ratio,
-            "parameters": best.prediction.parameters,
-        }
+        if best.prediction.values.size:
+            facts |= {
+                "explained": best.explained,
+                "share": best.share,
+                "residual_ratio": best.residual_ratio,
+            }
+        facts["parameters"] = best.prediction.parameters
         if decision.cause == UNKNOWN:
             facts["best_guess"] = best.prediction.cause
     if decision.runner_up is not None:

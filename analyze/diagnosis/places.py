@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterator
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 from ..layout_search import as_ranges, find_features
 from .hypothesis import LAW, PATTERN, Prediction
-from .runs import IntArray
+from .runs import FloatArray, IntArray
 from .scene import REFERENCE, Scene
 
 #: Rows on which a rearrangement is searched, and sites of the same width that are tried.
@@ -21,6 +22,8 @@ _HEADS = ("lm_head", "embed_out", "output")
 _MOST_PARTS = 64
 #: A rearrangement is believed to be one when it leaves no more than this many times the noise.
 _NEAR = 4.0
+#: Rows from which features are told apart, and features among which any order is searched.
+_TELLING_ROWS, _MOST_SCATTERED = 16, 8192
 
 
 def permuted(scene: Scene) -> Iterator[Prediction]:
@@ -73,7 +76,8 @@ def _orders(size: int, head: int | None) -> Iterator[tuple[str, IntArray]]:
             yield f"{parts} blocks of {width} rotated back by one", np.roll(blocks, -1, axis=0).reshape(-1)
         if parts % 2 == 0 and parts > 2:
             yield f"neighbouring blocks of {width} exchanged", blocks.reshape(-1, 2, width)[:, ::-1].reshape(-1)
-        yield f"[{parts}, {width}] transposed", blocks.T.reshape(-1)
+        if width > 1:
+            yield f"[{parts}, {width}] transposed", blocks.T.reshape(-1)
         if width > _MOST_PARTS:
             yield f"[{width}, {parts}] transposed", plain.reshape(width, parts).T.reshape(-1)
     if head and size % head == 0 and size > head and head % 2 == 0:
@@ -85,12 +89,25 @@ def _orders(size: int, head: int | None) -> Iterator[tuple[str, IntArray]]:
 def _any_order(scene: Scene) -> tuple[str, IntArray] | None:
     """Any rearrangement of runs of features, found by values."""
     r, t = scene.expected[:_SEARCH_ROWS], scene.target[:_SEARCH_ROWS]
-    found = find_features(t, r, tolerance=min(_NEAR * scene.noise, 0.25))
+    tolerance = min(_NEAR * scene.noise, 0.25)
+    found = find_features(t, r, tolerance=tolerance)
     if found is None or found.columns is None:
-        return None
+        return _scattered(r, t, tolerance)
     listed = ", ".join(f"{start}:{stop}" for start, stop in found.columns[:6])
     what = f"features {listed}{', ...' if len(found.columns) > 6 else ''}"
     return what, np.concatenate([np.arange(*span) for span in found.columns])
+
+
+def _scattered(r: FloatArray, t: FloatArray, tolerance: float) -> tuple[str, IntArray] | None:
+    """An order without any rule, if every feature is found exactly once; some quantisers sort them by importance."""
+    if len(r) < _TELLING_ROWS or r.shape[1] > _MOST_SCATTERED or not (np.isfinite(r).all() and np.isfinite(t).all()):
+        return None
+    order: IntArray = cKDTree(r.T).query(t.T)[1].astype(np.int64)
+    if len(np.unique(order)) < len(order) or (order == np.arange(len(order))).all():
+        return None
+    if np.linalg.norm(r[:, order] - t) > tolerance * np.linalg.norm(t):
+        return None
+    return f"no rule is seen in it, {int((order != np.arange(len(order))).sum())} of {len(order)} are elsewhere", order
 
 
 def other_site(scene: Scene) -> Iterator[Prediction]:
