@@ -92,6 +92,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": ("granitemoe", {}),
     "phimoe": ("phimoe", {}),
     "glm4_moe": ("glm4_moe", {}),
+    "ernie4_5_moe": ("ernie4_5_moe", {}),
     "gpt_oss": ("gpt_oss", {}),
     "gpt_oss-mxfp4": ("gpt_oss", {"quantization_config": _MXFP4}),
     "deepseek_v2": ("deepseek_v2", _DEEPSEEK_V2),

@@ -209,3 +209,15 @@ def test_a_key_that_is_code_stays_out_of_the_port() -> None:
     assert hostile not in seen
     assert not {"class", "_private"} & set(seen)
     assert seen["hidden_size"] == config.hidden_size
+
+
+def test_a_correction_may_lie_beside_the_router_and_experts_may_begin_late() -> None:
+    found = analyse_config(configuration("ernie4_5_moe"))
+    dense, sparse = found.feed_forward
+    assert sparse.experts is not None
+    router = sparse.experts.router
+    assert (router.scores, router.normalized) == ("softmax", True)
+    assert (router.correction_module, router.correction) == ("moe_statics", "e_score_correction_bias")
+    names = {"moe_layer_start_index": 2, "moe_layer_end_index": 6, "moe_layer_interval": 2}
+    kinds = [evaluate(dense.condition, {"config": SimpleNamespace(**names), "layer_idx": layer}) for layer in range(9)]
+    assert [bool(kind) for kind in kinds] == [not ((n + 1) % 2 == 0 and 2 <= n <= 6) for n in range(9)]

@@ -18,8 +18,10 @@ def expert_lines(mixture: MixtureOfExperts | None, spec: Architecture) -> tuple[
     call += f", {router.n_experts.expression})" if experts.stored == "modules" else ")"
     lines = [call]
     if router.correction:
-        old, new = (f"{target}.router.{inner}{router.correction}" for inner in ("linear_router.", ""))
-        lines.append(f'state_dict[f"{new}"] = state_dict.pop(f"{old}")')
+        new = f"{target}.router.{router.correction}"
+        old = f"{block}.{router.correction_module}" if router.correction_module else f"{target}.router.linear_router"
+        flat = ".flatten()" if router.correction_module else ""
+        lines.append(f'state_dict[f"{new}"] = state_dict.pop(f"{old}.{router.correction}"){flat}')
     if len(spec.feed_forward) > 1:
         lines = [f'if f"{target}.router.linear_router.weight" in state_dict:', *(f"    {line}" for line in lines)]
     return lines, [_of_modules(experts) if experts.stored == "modules" else _of_tensors(experts)]

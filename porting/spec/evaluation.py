@@ -36,7 +36,7 @@ def evaluate(expression: str, names: Mapping[str, Any]) -> Any:
     """The value of an expression.
 
     Args:
-        expression: numbers and texts, `+ - * / // % **`, `== < in not`, `config.key`, `value[index]`, and calls of
+        expression: numbers and texts, `+ - * / // % **`, `== < in not or`, `config.key`, `value[index]`, and calls of
             `int`, `math.log` and `math.sqrt`.
         names: values by name; attributes are those of namespaces alone.
 
@@ -63,6 +63,8 @@ def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
             return _value(held, names)[_value(index, names)]
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             return _OPERATORS[type(op)](_value(left, names), _value(right, names))
+        case ast.BoolOp(op=ast.Or(), values=values):
+            return any(_value(value, names) for value in values)
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _OPERATORS:
             return _OPERATORS[type(op)](_value(operand, names))
         case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _OPERATORS:

@@ -24,6 +24,7 @@ _WIDTHS = (
     "config.moe_intermediate_size",
     "config.shared_expert_intermediate_size",
     "config.moe_intermediate_size * config.n_shared_experts",
+    "config.moe_intermediate_size * config.moe_num_shared_experts",
 )
 _ACTIVATION_KEYS = (
     "hidden_act",

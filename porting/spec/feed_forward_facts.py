@@ -57,7 +57,8 @@ class Router(Fact):
         n_experts: number of experts.
         top_k: chosen per token.
         scale: factor on the weights, None without.
-        correction: tensor that is added to scores for choosing only, relative to `module`; empty without.
+        correction: tensor that is added to scores for choosing only; empty without.
+        correction_module: module that holds it, relative to the block; empty where `module` does.
         groups: number of groups of experts of which only the best are open; None without.
         open_groups: number of open groups.
         group_score: what ranks groups: `max` (best expert) or `top2` (sum of the best two).
@@ -73,6 +74,7 @@ class Router(Fact):
     top_k: Number
     scale: Number | None = None
     correction: str = ""
+    correction_module: str = ""
     groups: Number | None = None
     open_groups: Number | None = None
     group_score: str = ""

@@ -35,6 +35,7 @@ _SIZES: dict[str, Any] = {
     "num_local_experts": 12,
     "n_routed_experts": 12,
     "num_experts_per_tok": 3,
+    "moe_num_shared_experts": 2,
     "moe_intermediate_size": 80,
     "shared_expert_intermediate_size": 72,
     "n_shared_experts": 2,
@@ -214,7 +215,7 @@ def random_model(config: Any, seed: int = 0) -> Any:
                 parameter.copy_(parameter.mean() + _SCALE_OF_NORM * noise)
             elif parameter.ndim == 2:
                 fan_in = parameter.shape[0] if _is_conv(model, name) else parameter.shape[1]
-                parameter.copy_(noise / fan_in**0.5)
+                parameter.copy_(noise * _gain(config, name) / fan_in**0.5)
             else:
                 parameter.copy_(noise / max(parameter.shape[1:]) ** 0.5)
         kept = set(model.state_dict())
@@ -222,6 +223,14 @@ def random_model(config: Any, seed: int = 0) -> Any:
             if name in kept and buffer.is_floating_point() and buffer.ndim == 1:
                 buffer.copy_(_SCALE_OF_BIAS * torch.randn(buffer.shape, generator=generator))
     return model.eval()
+
+
+def _gain(config: Any, name: str) -> float:
+    """Factor on a weight: T5 does not scale scores, its queries are that much smaller.
+
+    Without it, attention is nearly a maximum, which amplifies rounding from layer to layer.
+    """
+    return float(config.d_kv**-0.5) if hasattr(config, "d_kv") and name.endswith(".q.weight") else 1.0
 
 
 def _built(config: Any, seed: int) -> Any:

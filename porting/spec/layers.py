@@ -29,6 +29,8 @@ _CONDITIONS = (
     "config.no_rope_layers[layer_idx]",
     "not config.no_rope_layers[layer_idx]",
     "layer_idx < config.first_k_dense_replace",
+    "layer_idx < config.moe_layer_start_index or (layer_idx + 1) % config.moe_layer_interval"
+    " or config.moe_layer_end_index < layer_idx",
     "layer_idx in config.mlp_only_layers",
     "(layer_idx + 1) % config.decoder_sparse_step == 0",
     "layer_idx % 2 == 0",

@@ -137,12 +137,19 @@ class MixtureAnalysis:
         count = self._numbers.find(n_experts, _N_EXPERTS, only=True)
         if count is None:
             raise InputError(f"unsupported: {n_experts} experts in {self._where}, which no configuration key gives")
-        module = self._module.get_submodule(name)
-        corrections = {"": torch.zeros(n_experts)}
-        tensors = (*module.named_buffers(), *module.named_parameters())
-        corrections.update({key: t for key, t in tensors if t.shape == (n_experts,) and key != "bias"})
         plain = Router(name, False, "", False, False, count, self._numbers.number("config.num_experts_per_tok"))
-        yield from candidates(plain, scores, corrections, self._numbers)
+        yield from candidates(plain, scores, self._corrections(name, n_experts), self._numbers)
+
+    def _corrections(self, router: str, n_experts: int) -> dict[tuple[str, str], torch.Tensor]:
+        """Tensors with one number per expert that choosing may add, by module and name; and none."""
+        found = {("", ""): torch.zeros(n_experts)}
+        beside = [name for name, child in self._module.named_children() if not list(child.children())]
+        for name in dict.fromkeys((router, *beside)):
+            module = self._module.get_submodule(name)
+            for key, tensor in (*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)):
+                if tensor.numel() == n_experts and not (name == router and key == "bias"):
+                    found["" if name == router else name, key] = tensor.detach().flatten()
+        return found
 
     def _readings(self, hidden: int) -> Iterator[_Weights]:
         listed = _list_of(self._module)
@@ -225,7 +232,8 @@ class MixtureAnalysis:
     def _claim(self, router: Router, experts: Experts, shared: SharedExpert | None) -> None:
         inside = f"{experts.module}." if experts.module else ""
         names = (experts.gate, experts.up, experts.down)
-        claimed = [f"{router.module}.{kind}".lstrip(".") for kind in ("weight", "bias", router.correction)]
+        claimed = [f"{router.module}.{kind}".lstrip(".") for kind in ("weight", "bias")]
+        claimed.append(f"{router.correction_module or router.module}.{router.correction}".lstrip("."))
         for name, _ in self._module.named_parameters():
             local = name.removeprefix(inside) if name.startswith(inside) else ""
             if experts.stored == "modules":

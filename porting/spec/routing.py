@@ -16,7 +16,10 @@ _GROUPS = ("n_group", "topk_group")
 
 
 def candidates(
-    plain: Router, logits: torch.Tensor, corrections: Mapping[str, torch.Tensor], numbers: Expressions
+    plain: Router,
+    logits: torch.Tensor,
+    corrections: Mapping[tuple[str, str], torch.Tensor],
+    numbers: Expressions,
 ) -> Iterator[tuple[Router, torch.Tensor]]:
     """Every known way to route, with the weights that it gives, (token, expert), 0 for experts that are not chosen.
 
@@ -25,18 +28,19 @@ def candidates(
     Args:
         plain: the router without its way: names and sizes.
         logits: (token, expert).
-        corrections: tensors that may be added for choosing, by name; empty name for none.
+        corrections: tensors that may be added for choosing, by module (empty for the router) and name; an empty name
+            for none.
         numbers: expressions over the configuration.
     """
     small = numbers.small
     top_k = int(small.num_experts_per_tok)
     scales: list[Number | None] = [None]
     scales += [numbers.number(f"config.{key}") for key in _SCALES if getattr(small, key, 1.0) != 1.0]
-    for scale, (name, correction) in itertools.product(scales, corrections.items()):
+    for scale, ((module, name), correction) in itertools.product(scales, corrections.items()):
         factor = 1.0 if scale is None else float(numbers.value(scale.expression, small))
         for router, weights in _choices(plain, logits, correction, top_k, numbers):
             if name == "" or correction.abs().max() > 0:
-                yield replace(router, scale=scale, correction=name), factor * weights
+                yield replace(router, scale=scale, correction=name, correction_module=module), factor * weights
 
 
 def _choices(
