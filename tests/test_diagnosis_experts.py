@@ -275,3 +275,74 @@ def test_an_estimate_is_taken_for_bfloat16_only_when_it_is_that_near() -> None:
     assert np.array_equal(as_released(weight * (1 + 1e-5 * generator.normal(size=weight.shape))), weight)
     other = generator.normal(size=(32, 32))
     assert np.array_equal(as_released(other), other)
+
+
+def projection(trace: Trace, run: str, role: str, change: Callable[[Array], Array] = lambda w: w) -> None:
+    """A run of one projection over fewer tokens than it has inputs, so that no estimate of its weight is possible."""
+    generator = np.random.default_rng(7)
+    left, _, right = np.linalg.svd(generator.normal(size=(192, 128)), full_matrices=False)
+    weight = bf16(left * np.arange(1, 129) ** -0.6 @ right)
+    given = (generator.normal(size=(2, 24, 20)) @ generator.normal(size=(20, 128))) + generator.normal(
+        size=(2, 24, 128)
+    )
+    keep = (lambda x: np.asarray(x, np.float32).astype(np.float64)) if role == "reference" else bf16
+    given = keep(given)
+    values = keep(given @ change(weight).T)
+    dtype = np.float32 if role == "reference" else ml_dtypes.bfloat16
+    tensors = [
+        Tensor("q_proj", rows[prompt][None].astype(dtype), 0, prompt=prompt, order=order, port=port)
+        for prompt in range(2)
+        for order, (port, rows) in enumerate((("input", given), ("output", values)))
+    ]
+    tokens = {prompt: list(range(24)) for prompt in range(2)}
+    add_run(trace, run, tensors, role=role, tokens=tokens, dtype="float32" if role == "reference" else "bfloat16")
+
+
+def narrow(name: str, scheme: str) -> Callable[[Array], Array]:
+    return lambda weight: next(
+        values for told, scale, values in through_narrow_formats(weight, {}) if (told, scale) == (name, scheme)
+    )
+
+
+def noisy_rows(weight: Array) -> Array:
+    changed = weight.copy()
+    changed[:16] *= 1 + 0.5 * np.random.default_rng(8).normal(size=(16, weight.shape[1]))
+    return changed
+
+
+def low_rank(weight: Array) -> Array:
+    generator = np.random.default_rng(9)
+    return weight + 0.02 * generator.normal(size=(len(weight), 2)) @ generator.normal(size=(2, weight.shape[1]))
+
+
+@pytest.fixture(scope="module")
+def projected(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    trace = Trace.create(tmp_path_factory.mktemp("projection") / "trace")
+    projection(trace, "fp32", "reference")
+    projection(trace, "bf16", "baseline")
+    return trace
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "cause"),
+    [
+        ("fp8", narrow("FP8 E4M3", "one scale per tensor"), "quantised_weights"),
+        ("int4", narrow("INT4", "one scale per output channel"), "quantised_weights"),
+        ("mxfp4", narrow("MXFP4", "one scale per 32 inputs of an output channel"), "quantised_weights"),
+        ("scaled", lambda w: w * 1.03, "multiplier"),
+        ("gains", lambda w: w * (1 + 0.03 * np.sin(np.arange(len(w))))[:, None], "feature_gain"),
+        ("some-rows", noisy_rows, "unknown"),
+        ("low-rank", low_rank, "unknown"),
+        ("foreign", lambda w: np.roll(w, 7, axis=1), "unknown"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_rounded_weights_are_told_without_their_matrix(
+    name: str, change: Callable[[Array], Array], cause: str, projected: Trace
+) -> None:
+    projection(projected, name, "target", change)
+    found = examined_run(projected, name, "q_proj")
+    assert found.cause == cause, found
+    if cause == "quantised_weights":
+        assert found.evidence["parameters"]["slope"] == pytest.approx(1.0, abs=0.1)
+        assert found.entry == "quantised-weights"

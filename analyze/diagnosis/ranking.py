@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .hypothesis import INHERITED, Scored
+from .hypothesis import DESCRIPTION, INHERITED, Scored
 
 #: Share of the error beyond the noise that a cause must explain.
 ENOUGH = 0.9
@@ -54,7 +54,14 @@ def decide(error: float, scored: Sequence[Scored]) -> Decision:
         )
         return Decision(UNKNOWN, best, _rival(best, ordered), 0.0, reason)
     floor = max(enough[0].residual, 1e-300)
-    close = [item for item in enough if item.residual <= _AS_GOOD * floor or item.residual_ratio <= 1.0]
+    # A description has so many numbers that it may undercut the noise; what explains all but the noise and is as good
+    # as any law or number is no worse for that.
+    specific = min((item.residual for item in enough if item.prediction.level < DESCRIPTION), default=floor)
+    close = [
+        item
+        for item in enough
+        if item.residual <= _AS_GOOD * floor or (item.residual_ratio <= 1.0 and item.residual <= _AS_GOOD * specific)
+    ]
     level = min(item.prediction.level for item in close)
     best = next(item for item in close if item.prediction.level == level)
     inherited = next((item for item in close if item.prediction.cause == INHERITED), None)

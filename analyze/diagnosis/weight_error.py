@@ -24,7 +24,7 @@ from .scene import REFERENCE, TARGET, Scene
 _TOKENS, _MOST_TOKENS, _OUTPUTS, _SPREAD = 16, 512, 64, 0.08
 #: How far the error must exceed the baseline's, and which relative sizes narrow formats have.
 _BEYOND, _SMALLEST, _LARGEST = 2.5, 1e-3, 0.25
-#: Correlation of errors' cosines with inputs' cosines, how far it must exceed that with outputs' cosines, and the slope.
+#: Correlation of errors' cosines with those of inputs, its lead over that with those of outputs, and the slope.
 _CORRELATION, _AHEAD, _SLOPE = 0.88, 0.05, (0.8, 1.25)
 #: An output's relative error over the median one, at the 99th percentile: more means that some rows alone are wrong.
 _UNEVEN = 6.0
