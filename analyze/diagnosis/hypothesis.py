@@ -79,7 +79,7 @@ def score(scene: Scene, prediction: Prediction) -> Scored | None:
     values, n, fitted = prediction.values, prediction.values.size, prediction.fitted
     if values.shape != scene.target.shape:
         return None
-    unsaid = np.isnan(values).all(axis=1)
+    unsaid = np.asarray(np.isnan(values).all(axis=1))
     if unsaid.any() and unsaid.mean() <= _OPEN:
         values = np.where(unsaid[:, None], scene.target, values)
         fitted += int(unsaid.sum()) * scene.features

@@ -95,7 +95,7 @@ def embedding_shards(scene: Scene) -> Iterator[Prediction]:
 
 def _one_range(scene: Scene, ids: np.ndarray, remedy: str) -> Iterator[Prediction]:
     """Ids of one range are looked up and all others are zero: a shard of any size, as of a padded vocabulary."""
-    zero = ~scene.target.any(axis=1) & scene.reference.any(axis=1)
+    zero = np.asarray(~scene.target.any(axis=1) & scene.reference.any(axis=1))
     if zero.all() or not zero.any():
         return
     first, last = int(ids[~zero].min()), int(ids[~zero].max())

@@ -102,8 +102,8 @@ def as_released(weight: FloatArray) -> FloatArray:
 
 def _in_blocks(weight: FloatArray, rounding: Rounding, size: int) -> FloatArray:
     blocks = weight.reshape(len(weight), -1, size)
-    return rounding(blocks, _peak(blocks, 2)).reshape(weight.shape)
+    return np.asarray(rounding(blocks, _peak(blocks, 2)).reshape(weight.shape))
 
 
 def _peak(weight: FloatArray, axis: int | None) -> FloatArray:
-    return np.maximum(np.abs(weight).max(axis=axis, keepdims=axis is not None), 1e-300)
+    return np.asarray(np.maximum(np.abs(weight).max(axis=axis, keepdims=axis is not None), 1e-300))
