@@ -7,12 +7,13 @@ comparable: a free-running target that chose another token is computing somethin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
+from ..store.manifest import ENCODE, ENCODER_TOKENS
 from ..store.trace import Trace
 from .measure import Triple
 from .ranks import Columns, Stored
@@ -53,10 +54,11 @@ def match_prompts(trace: Trace, reference: str, baseline: str | None, target: st
         return [PromptPair(0, None if baseline is None else 0, 0, None, 0)]
     pairs = []
     taken: list[set[int]] = [set() for _ in runs]
-    for prompt, (length, tokens) in runs[0].items():
+    for prompt, (length, tokens, source) in runs[0].items():
         others = []
         for run, used in zip(runs[1:], taken[1:], strict=True):
-            same = [p for p, (n, t) in run.items() if p not in used and n == length and t[:n] == tokens[:length]]
+            known = {p: (n, t[:n], s) for p, (n, t, s) in run.items() if p not in used}
+            same = [p for p, found in known.items() if found == (length, tokens[:length], source)]
             if not same:
                 break
             others.append(same[0])
@@ -69,10 +71,15 @@ def match_prompts(trace: Trace, reference: str, baseline: str | None, target: st
     return pairs
 
 
-def _prompt_tokens(trace: Trace, run: str) -> dict[int, tuple[int, tuple[int, ...]]]:
+def _prompt_tokens(trace: Trace, run: str) -> dict[int, tuple[int, tuple[int, ...], tuple[int, ...]]]:
+    """By prompt: its length, its tokens and those that follow, and what the encoder of an encoder-decoder reads."""
     manifest = trace.manifest(run)
     lengths = {prompt.prompt: prompt.n_tokens for prompt in manifest.prompts}
-    return {t.prompt: (lengths.get(t.prompt, len(t.token_ids)), t.token_ids) for t in manifest.tokens}
+    sources = dict(enumerate(manifest.provenance.get(ENCODER_TOKENS, ())))
+    return {
+        t.prompt: (lengths.get(t.prompt, len(t.token_ids)), t.token_ids, tuple(sources.get(t.prompt, ())))
+        for t in manifest.tokens
+    }
 
 
 def _common_prefix(sequences: Sequence[tuple[int, ...]]) -> int:
@@ -86,10 +93,14 @@ def _common_prefix(sequences: Sequence[tuple[int, ...]]) -> int:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which features of two sites correspond: ranges of the reference and of the target, None for all."""
+    """Which features of two sites correspond: ranges of the reference and of the target, None for all.
+
+    `expert` is the one that is meant where the target holds values of every token's chosen experts.
+    """
 
     reference: Columns | None = None
     target: Columns | None = None
+    expert: int | None = None
 
 
 class AlignedSite:
@@ -98,10 +109,10 @@ class AlignedSite:
     def __init__(
         self,
         trace: Trace,
-        pieces: Sequence[tuple[range, tuple[Stored, Stored | None, Stored]]],
+        pieces: Sequence[tuple[Sequence[int], tuple[Stored, Stored | None, Stored]]],
         selection: Selection,
     ) -> None:
-        """`pieces` are ranges of positions with the tensors that hold them."""
+        """`pieces` are ascending positions with the tensors that hold them."""
         self._trace, self._pieces, self._selection = trace, pieces, selection
 
     @property
@@ -144,16 +155,16 @@ class AlignedSite:
                 reference.rows(self._trace, positions, chosen.reference),
                 None if baseline is None else baseline.rows(self._trace, positions, chosen.reference),
                 target.rows(self._trace, positions, chosen.target),
-                np.arange(positions.start, positions.stop),
+                np.asarray(positions, np.int64),
             )
 
-    def _small_pieces(self) -> Iterator[tuple[range, tuple[Stored, Stored | None, Stored]]]:
+    def _small_pieces(self) -> Iterator[tuple[Sequence[int], tuple[Stored, Stored | None, Stored]]]:
         """The pieces, cut so that each maps or copies a bounded amount."""
         for positions, tensors in self._pieces:
             size = max(1, _PIECE_ELEMENTS // max(tensors[0].features, tensors[2].features, 1))
             step = size if tensors[2].position_start is not None else max(len(positions), 1)
-            for start in range(positions.start, positions.stop, step):
-                yield range(start, min(start + step, positions.stop)), tensors
+            for start in range(0, len(positions), step):
+                yield positions[start : start + step], tensors
 
 
 def align(
@@ -174,6 +185,8 @@ def align(
         For each phase of the target, for each prompt of the reference, what can be compared.
     """
     reference, baseline, target = tensors
+    if selection.expert is not None:
+        target = [stored.of_expert(trace, selection.expert) for stored in target or ()]
     aligned: dict[str, dict[int, AlignedSite]] = {}
     for pair in prompts:
         chosen = [_of_prompt(reference, pair.prompt), _of_prompt(target, pair.target)]
@@ -191,7 +204,7 @@ def _of_prompt(tensors: Sequence[Stored] | None, prompt: int) -> list[Stored]:
 
 def _pieces(
     runs: Sequence[Sequence[Stored]], limit: int | None, *, whole: bool
-) -> dict[str, list[tuple[range, tuple[Stored, ...]]]]:
+) -> dict[str, list[tuple[Sequence[int], tuple[Stored, ...]]]]:
     """Split the shared positions where any run changes from one tensor to the next."""
     if any(stored.position_start is None for run in runs for stored in run):
         return _whole_tensors(runs, whole=whole)
@@ -199,38 +212,46 @@ def _pieces(
     target_owner = owners[-1]
     shared = sorted(set(target_owner).intersection(*owners[:-1]))
     if limit is not None:
-        shared = [position for position in shared if position < limit]
-    pieces: dict[str, list[tuple[range, tuple[Stored, ...]]]] = {}
-    for start, stop in _runs_of(shared, owners):
-        chosen = tuple(owner[start] for owner in owners)
-        pieces.setdefault(chosen[-1].phase, []).append((range(start, stop), chosen))
+        shared = [p for p in shared if p < limit or target_owner[p].phase == ENCODE]
+    pieces: dict[str, list[tuple[Sequence[int], tuple[Stored, ...]]]] = {}
+    scattered = any(stored.held is not None for run in runs for stored in run)
+    for positions in _by_owners(shared, owners) if scattered else _runs_of(shared, owners):
+        chosen = tuple(owner[positions[0]] for owner in owners)
+        pieces.setdefault(chosen[-1].phase, []).append((positions, chosen))
     return pieces
 
 
 def _first_computed(tensors: Sequence[Stored]) -> dict[int, Stored]:
     owner: dict[int, Stored] = {}
     for stored in tensors:
-        start = stored.position_start or 0
-        for position in range(start, start + (stored.position_count or 0)):
+        for position in stored.positions:
             owner.setdefault(position, stored)
     return owner
 
 
-def _runs_of(positions: Sequence[int], owners: Sequence[dict[int, Stored]]) -> Iterator[tuple[int, int]]:
+def _by_owners(positions: Sequence[int], owners: Sequence[dict[int, Stored]]) -> Iterable[Sequence[int]]:
+    """Positions with gaps, those together that the same tensors hold."""
+    together: dict[tuple[int, ...], list[int]] = {}
+    for position in positions:
+        together.setdefault(tuple(id(owner[position]) for owner in owners), []).append(position)
+    return together.values()
+
+
+def _runs_of(positions: Sequence[int], owners: Sequence[dict[int, Stored]]) -> Iterator[range]:
     """Maximal ranges of consecutive positions that stay within one tensor of every run."""
     if not positions:
         return
     start = positions[0]
     for before, after in pairwise(positions):
         if after != before + 1 or any(owner[before] is not owner[after] for owner in owners):
-            yield start, before + 1
+            yield range(start, before + 1)
             start = after
-    yield start, positions[-1] + 1
+    yield range(start, positions[-1] + 1)
 
 
 def _whole_tensors(
     runs: Sequence[Sequence[Stored]], *, whole: bool
-) -> dict[str, list[tuple[range, tuple[Stored, ...]]]]:
+) -> dict[str, list[tuple[Sequence[int], tuple[Stored, ...]]]]:
     """Tensors without positions are compared whole, those of the same phase and step with each other.
 
     Where sizes depend on the data (the tokens routed to an expert) and all features are compared, steps in which the
@@ -238,7 +259,7 @@ def _whole_tensors(
     """
     by_step = [{(s.phase, s.step): replace(s, position_start=None, position_count=None) for s in run} for run in runs]
     varying = whole and any(len({stored.features for stored in steps.values()}) > 1 for steps in by_step)
-    pieces: dict[str, list[tuple[range, tuple[Stored, ...]]]] = {}
+    pieces: dict[str, list[tuple[Sequence[int], tuple[Stored, ...]]]] = {}
     for key in by_step[-1]:
         if not all(key in steps for steps in by_step):
             continue

@@ -62,7 +62,8 @@ def _batched_alike(trace: Trace, runs: Sequence[str]) -> bool:
 
 
 def _following(trace: Trace, run: str, infos: Sequence[SiteInfo]) -> set[Site]:
-    """Sites of a run that hold rows of whole batches, or whose width varies from batch to batch."""
+    """Sites of a run that hold rows of whole batches in no known order, or whose width varies from batch to batch."""
+    positioned = {info.site for info in infos if info.positioned}
     rows = trace.query(_WHOLE_BATCH, [run]).to_pylist()
     whole = {Site(row["module"], row["port"], row["slot"], row["call"]) for row in rows}
-    return whole | {info.site for info in infos if info.features is None}
+    return (whole - positioned) | {info.site for info in infos if info.features is None}

@@ -26,6 +26,7 @@ from .pairs import Gap, Pair, SiteMapping
 from .rank_doubts import doubts_about_ranks
 from .ranks import Stored
 from .results import ResultWriter
+from .routed_rows import NOTHING_SHARED, SharedTokens, without_unsent
 from .sites import Site, SiteInfo, sites_of
 from .sql_library import install
 from .verdict import Thresholds, overall_verdict
@@ -117,20 +118,27 @@ def compare(trace: Trace, request: ComparisonRequest, *, progress: Progress = no
     )
     mapping = mapped.mapping
     if request.baseline is not None:
-        mapping = _with_baseline(mapping, sites_of(trace, request.baseline))
+        mapping = without_unsent(trace, runs, _with_baseline(mapping, sites_of(trace, request.baseline)))
     chunks = _chunks(mapping.pairs, {info.site: info.n_tensors for info in mapped.reference})
     masks = masks_of(trace, request.reference)
+    shared = SharedTokens(trace, runs, prompts)
     covered: list[Covered] = []
+    elsewhere: list[Gap] = []
     judging = Judging(trace, runs, request.thresholds, request.replicates, request.calibration, chunks)
     with ResultWriter(trace.path, request.comparison) as results:
-        for number, (pair, aligned, expected) in enumerate(_aligned_pairs(trace, request, chunks, prompts)):
+        for number, (pair, aligned, stored) in enumerate(_aligned_pairs(trace, request, chunks, prompts)):
             progress(pair.reference.name, number, len(mapping.pairs))
             if pair.reference in masks and not agree(aligned):
+                continue
+            expected, left_out = shared.of(pair, stored[-1]) or (_n_positions(stored[0]), 0)
+            if left_out and not expected:
+                elsewhere.append(Gap(pair.reference, "skipped", NOTHING_SHARED))
                 continue
             results.add(judging.measure(pair, number, aligned))
             trace.release_pages()
             compared = sum(site.n_positions for phase in aligned.values() for site in phase.values())
-            covered.append(Covered(pair, tuple(aligned), compared, expected))
+            covered.append(Covered(pair, tuple(aligned), compared, expected, left_out))
+        mapping = replace(mapping, gaps=(*mapping.gaps, *dict.fromkeys(elsewhere)))
         mapping = accounted(mapping, masks, {item.pair.reference for item in covered})
         report = CoverageReport.of(covered, mapping, {info.site: info.exec_order for info in mapped.reference})
         doubts = doubts_about(trace, request.reference, request.baseline, request.target, prompts)
@@ -193,8 +201,8 @@ def _chunks(pairs: Sequence[Pair], n_tensors: Mapping[Site, int]) -> list[list[P
 
 def _aligned_pairs(
     trace: Trace, request: ComparisonRequest, chunks: Sequence[Sequence[Pair]], prompts: Sequence[PromptPair]
-) -> Iterator[tuple[Pair, Mapping[str, Mapping[int, AlignedSite]], int]]:
-    """Every pair with what can be compared, and the number of positions the reference holds."""
+) -> Iterator[tuple[Pair, Mapping[str, Mapping[int, AlignedSite]], tuple[list[Stored], list[Stored]]]]:
+    """Every pair with what can be compared, and the tensors of the reference and of the target."""
     for pairs in chunks:
         wanted = [(request.reference, pair.reference) for pair in pairs]
         wanted += [(request.target, pair.target) for pair in pairs]
@@ -205,8 +213,9 @@ def _aligned_pairs(
             reference = stored.get((request.reference, pair.reference), [])
             baseline = stored.get((request.baseline, pair.reference), []) if request.baseline else None
             target = stored.get((request.target, pair.target), [])
-            selection = Selection(pair.reference_columns, pair.columns)
-            yield pair, align(trace, (reference, baseline, target), prompts, selection), _n_positions(reference)
+            selection = Selection(pair.reference_columns, pair.columns, pair.expert)
+            aligned = align(trace, (reference, baseline, target), prompts, selection)
+            yield pair, aligned, (reference, target)
 
 
 def _n_positions(tensors: Sequence[Stored]) -> int:
@@ -215,8 +224,7 @@ def _n_positions(tensors: Sequence[Stored]) -> int:
         if stored.position_start is None:
             positions.add((stored.prompt, stored.phase, stored.step))
         else:
-            first, count = stored.position_start, stored.position_count or 0
-            positions.update((stored.prompt, "", position) for position in range(first, first + count))
+            positions.update((stored.prompt, "", position) for position in stored.positions)
     return len(positions)
 
 

@@ -14,12 +14,13 @@ from .sites import Site
 
 @dataclass(frozen=True)
 class Covered:
-    """A pair and how much of it could be compared."""
+    """A pair and how much of it could be compared; `n_elsewhere` tokens only the reference sent to this expert."""
 
     pair: Pair
     phases: tuple[str, ...]
     n_compared: int
     n_expected: int
+    n_elsewhere: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,4 +129,6 @@ def _matched_rows(report: CoverageReport) -> list[tuple[str, str, int, str, str]
 
 def _reason(item: Covered) -> str:
     part = "" if item.n_compared == item.n_expected else f" ({item.n_compared} of {item.n_expected} positions)"
+    if item.n_elsewhere:
+        part += f" (without {item.n_elsewhere} tokens that not every run sent to this expert)"
     return f"{item.pair.target.name}: {item.pair.reason}{part}"

@@ -137,7 +137,7 @@ class Sampler:
                     if len(places) < _POSITIONS:
                         places[pair, (stored.phase, stored.step)] = stored
                     continue
-                covered = range(stored.position_start, stored.position_start + (stored.position_count or 0))
+                covered = stored.positions
                 for position in positions:
                     if position in covered:
                         places.setdefault((pair, position), stored)

@@ -16,11 +16,12 @@ from ..store.trace import Trace
 from .align import PromptPair
 from .batching import without_batch_sites
 from .component_mapping import read_component_mapping
+from .expert_pairs import with_fused_experts
 from .fingerprint import Sample
 from .interfaces import without_other_inputs
 from .mapping import account_for, in_dataflow_order, map_by_name, surroundings
 from .pairs import Ambiguity, Gap, Pair, SiteMapping
-from .routed_rows import without_routed_rows
+from .routed_rows import with_tokens, without_routed_rows
 from .sites import Site, SiteInfo, sites_of
 from .user_mapping import ModulesOf, apply_components
 from .value_search import Candidate, ValueSearch, closest, has_values
@@ -63,15 +64,16 @@ def map_runs(
         TraceNotFoundError: a run does not exist.
         InputError: the file is not a component mapping, or names a module that its run does not have.
     """
-    reference, target = sites_of(trace, runs[0]), sites_of(trace, runs[2])
+    reference, baseline, target = (with_tokens(trace, run, sites_of(trace, run)) if run else [] for run in runs)
     mapping = map_by_name(reference, target, include=include, exclude=exclude)
+    mapping = with_fused_experts(mapping, reference, target)
     if file is not None:
         sides = [
             ModulesOf(run, infos, [module.path for module in trace.manifest(run).modules])
             for run, infos in ((runs[0], reference), (runs[2], target))
         ]
         mapping = apply_components(mapping, read_component_mapping(file), sides[0], sides[1])
-    mapping = without_routed_rows(trace, mapping, runs)
+    mapping = without_routed_rows(trace, mapping, runs, (reference, baseline, target))
     mapping = without_batch_sites(trace, mapping, runs, reference, target)
     mapping = without_other_inputs(mapping, reference, target)
     if prompts:

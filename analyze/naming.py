@@ -86,6 +86,8 @@ _FUSED = {
 }
 _FUSED["k_proj"] = _FUSED["v_proj"] = _FUSED["q_proj"]
 _FUSED["up_proj"] = _FUSED["gate_proj"]
+#: Where NxD keeps the experts of a layer.
+FUSED_EXPERTS = ("mlp.expert_mlps", "block_sparse_moe.expert_mlps", "feed_forward.moe.expert_mlps")
 _ROUTERS = ("mlp.router", "block_sparse_moe.router", "feed_forward.moe.router")
 _ROUTED = re.compile(_EXPERTS + r"(\.gate|\.router)?$")
 _LAYER_ROTARY = re.compile(r"layers\.\d+\.(?:self_attn|attention|attn)\.rotary_emb$")
@@ -148,7 +150,7 @@ def no_counterpart(site: Site, around: Surroundings) -> str | None:
     expert = re.match(_EXPERTS + r"\.experts\.", site.module)
     if expert:
         prefix = expert[1] or ""
-        for name in ("mlp.expert_mlps", "block_sparse_moe.expert_mlps", "feed_forward.moe.expert_mlps"):
+        for name in FUSED_EXPERTS:
             if prefix + name in around.target:
                 return f"sees the tokens routed to one expert only; the target computes all experts in {prefix}{name}"
     leaf = site.module.rpartition(".")[2]

@@ -23,6 +23,7 @@ class Pair:
         score: how sure the mapping is, from 0 to 1.
         reason: why the two belong together.
         reference_columns: the reference's features that the target site holds; None means all.
+        expert: where the target holds values of every token's chosen experts, the one that is meant.
     """
 
     reference: Site
@@ -31,14 +32,17 @@ class Pair:
     score: float
     reason: str
     reference_columns: Columns | None = None
+    expert: int | None = None
 
     @property
     def transform(self) -> str:
         """How the target's values become the reference's.
 
         `identity`; `slice`: the target holds more than the reference site; `reorder`: its features come in another
-        order; `part`: the reference site holds more than the target.
+        order; `part`: the reference site holds more than the target; `expert`: its values of one expert.
         """
+        if self.expert is not None:
+            return "expert"
         if self.reference_columns is not None:
             return "part"
         if self.columns is None:
@@ -48,6 +52,8 @@ class Pair:
     @property
     def transform_spec(self) -> dict[str, object] | None:
         """Parameters of the transform, JSON-ready: `start` and `stop` of a slice, else the ranges; None if identity."""
+        if self.expert is not None:
+            return {"expert": self.expert}
         if self.reference_columns is None and self.columns is None:
             return None
         if self.transform == "slice" and self.columns is not None:

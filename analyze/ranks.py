@@ -13,7 +13,7 @@ Parts are joined for the positions that are asked for, never for a whole tensor;
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -89,7 +89,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a site, values unread; several parts when it is put together from several ranks."""
+    """One tensor of a site, values unread; several parts when it is put together from several ranks.
+
+    `held` is given where rows are tokens in no order: the row of every position, of a tensor whose leading axes are
+    flattened until rows are as many as `held_axes` of them hold. `chosen` are the numbers of every token's experts,
+    for a tensor that holds what each of them computed, `(b s) k h`.
+    """
 
     prompt: int
     phase: str
@@ -98,6 +103,25 @@ class Stored:
     position_start: int | None
     position_count: int | None
     parts: tuple[Part, ...]
+    held: Mapping[int, int] | None = None
+    held_axes: int = 1
+    chosen: Part | None = None
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Stored:
+        """A tensor of one rank from its row in the catalog, with the path of its shard."""
+        part = Part(row["rank"], row["dtype"], tuple(row["shape"]), row["nbytes"], row["file_offset"], row["path"])
+        prompt = -1 if row["prompt"] is None else row["prompt"]
+        place = row["position_start"], row["position_count"]
+        return cls(prompt, row["phase"], row["step"], row["dims"], *place, (part,))
+
+    @property
+    def positions(self) -> Sequence[int]:
+        """Token positions that it holds, ascending; none without positions."""
+        if self.held is not None:
+            return sorted(self.held)
+        start = self.position_start
+        return range(0) if start is None else range(start, start + (self.position_count or 0))
 
     @property
     def dtype(self) -> str:
@@ -116,9 +140,11 @@ class Stored:
     @property
     def features(self) -> int:
         """Elements per position, or of the whole tensor without positions."""
+        if self.held is not None:
+            return math.prod(self.shape[self.held_axes :])
         return math.prod(self.shape) // max(self.position_count or 1, 1)
 
-    def rows(self, trace: Trace, positions: range, columns: Columns | None = None) -> Array:
+    def rows(self, trace: Trace, positions: Sequence[int], columns: Columns | None = None) -> Array:
         """Some positions as contiguous `[positions, features]`; a view of the shard where no rearranging is needed.
 
         Args:
@@ -128,13 +154,39 @@ class Stored:
         """
         axis = parse_dims(self.dims).position_axis if self.dims and self.position_start is not None else None
         arrays = [part.values(trace) for part in self.parts]
+        if self.held is not None:
+            return self._held_rows(arrays, [self.held[position] for position in positions], columns)
         if axis is not None and arrays[0].ndim:
-            first = positions.start - (self.position_start or 0)
-            window = (slice(None),) * axis + (slice(first, first + len(positions)),)
+            window = (slice(None),) * axis + (self._window(positions),)
             arrays = [array[window] for array in arrays]
         joined = _join(arrays, layout_of(self.dims))
         rows = joined.reshape(1, joined.size) if axis is None else by_position(joined, self.dims)
         return np.ascontiguousarray(rows if columns is None else take_columns(rows, columns))
+
+    def of_expert(self, trace: Trace, number: int) -> Stored:
+        """What one expert computed, of a tensor that holds what every token's experts did."""
+        if self.chosen is None:
+            return replace(self, held={})
+        chosen = self.chosen.values(trace)
+        tokens, choices = np.nonzero(chosen == number)
+        first, n_choices = self.position_start or 0, chosen.shape[1]
+        held = {first + t: t * n_choices + c for t, c in zip(tokens.tolist(), choices.tolist(), strict=True)}
+        return replace(self, held=held, held_axes=2)
+
+    def _window(self, positions: Sequence[int]) -> slice | npt.NDArray[np.int64]:
+        """Where some positions are along the axis of positions."""
+        first = self.position_start or 0
+        if isinstance(positions, range) and positions.step == 1:
+            return slice(positions.start - first, positions.stop - first)
+        return np.asarray(positions, np.int64) - first
+
+    def _held_rows(self, arrays: Sequence[Array], rows: Sequence[int], columns: Columns | None) -> Array:
+        flat = [array.reshape(-1, *array.shape[self.held_axes :])[rows] for array in arrays]
+        layout = layout_of(self.dims)
+        if layout.axis is not None:
+            layout = replace(layout, axis=layout.axis - self.held_axes + 1)
+        joined = _join(flat, layout).reshape(len(rows), -1)
+        return np.ascontiguousarray(joined if columns is None else take_columns(joined, columns))
 
 
 def take_columns(rows: Array, columns: Columns) -> Array:

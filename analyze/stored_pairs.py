@@ -18,7 +18,7 @@ def selection_of(transform_spec: str | None) -> Selection:
     spec = json.loads(transform_spec) if transform_spec else {}
     if "start" in spec:
         return Selection(None, ((spec["start"], spec["stop"]),))
-    return Selection(_columns(spec, "reference"), _columns(spec, "target"))
+    return Selection(_columns(spec, "reference"), _columns(spec, "target"), spec.get("expert"))
 
 
 def aligned_pair(trace: Trace, comparison: str, site: str, target_site: str) -> Mapping[str, Mapping[int, AlignedSite]]:

@@ -41,7 +41,8 @@ CREATE TABLE mappings (mapping VARCHAR PRIMARY KEY, reference VARCHAR NOT NULL, 
     origin VARCHAR NOT NULL);
 
 -- transform: identity; slice, when the target site holds more features than the reference site; part, when it holds
--- fewer; reorder, when it holds them in another order (transform_spec: axis, and ranges of target and reference).
+-- fewer; reorder, when it holds them in another order (transform_spec: axis, and ranges of target and reference);
+-- expert, when it holds what every token's experts computed (transform_spec: the number of the one that is meant).
 CREATE TABLE mapping_entries (
     mapping VARCHAR NOT NULL, entry INTEGER NOT NULL, reference_sites VARCHAR[] NOT NULL,
     target_sites VARCHAR[] NOT NULL, transform VARCHAR NOT NULL, transform_spec JSON, score DOUBLE NOT NULL,

@@ -34,7 +34,6 @@ from .job import RankJob
 from .port import activate, load_class, parse_class
 from .recorder import NxdiRecorder
 from .run import NxdiCapture, prepare_job
-from .taps import attention_taps
 
 _MODULE = "tensorsleuth.capture.nxdi.planning"
 
@@ -75,7 +74,7 @@ class _NxdiCounter(CountingRecorder, NxdiRecorder):
 
     def attach(self) -> None:
         super().attach()
-        self._taps.enter_context(attention_taps(self.model, self._tap, scores=self._job.scores))
+        self._taps.enter_context(self.taps())
 
     def detach(self) -> None:
         self._taps.close()

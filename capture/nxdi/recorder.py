@@ -13,6 +13,7 @@ from ...store.index import TensorKey
 from ..layout import Cut, StepLayout, cut
 from ..recorder import Recorder, TensorSink
 from ..selection import Selection
+from .expert_taps import EXPERT_TAPS, expert_taps
 from .site_dims import SiteDims
 from .taps import attention_paths, attention_taps, cache_tensors
 
@@ -54,10 +55,16 @@ class NxdiRecorder(Recorder):
         """Record while the context is open."""
         self.attach()
         try:
-            with attention_taps(self.model, self._tap, scores=self._scores), self.guard:
+            with self.taps(), self.guard:
                 yield
         finally:
             self.detach()
+
+    @contextmanager
+    def taps(self) -> Iterator[None]:
+        """Record what no module takes or returns while the context is open."""
+        with attention_taps(self.model, self._tap, scores=self._scores), expert_taps(self.model, self._tap):
+            yield
 
     def _put(self, key: TensorKey, tensor: torch.Tensor) -> None:
         if key.phase == "static":
@@ -90,6 +97,8 @@ class NxdiRecorder(Recorder):
 
     def _tap_dims(self, path: str, slot: str, tensor: torch.Tensor, layout: StepLayout) -> tuple[str, StepLayout]:
         shape = tuple(tensor.shape)
+        if slot in EXPERT_TAPS:
+            return (self._dims.of_choices(slot) if shape[0] == layout.batch * layout.length else ""), layout
         if slot in ("k_cache", "v_cache"):
             if len(shape) != 4 or shape[2] != self._cache_length:
                 return "", layout

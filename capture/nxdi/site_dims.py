@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..layout import StepLayout, infer_dims
+from .expert_taps import CHOSEN, SUMMED
 
 _EXPERTS = re.compile(r"(^|\.)expert_mlps(_\w+)?(\.|$)")
 _ROUTER = re.compile(r"(^|\.)router$")
@@ -72,6 +73,12 @@ class SiteDims:
     def heads(self) -> str:
         """Annotation of the axis of query heads."""
         return "[tp]" if self._tp > 1 else ""
+
+    def of_choices(self, slot: str) -> str:
+        """Dims of a tap of experts, token by token and choice by choice."""
+        if slot == CHOSEN:
+            return "(b s) k"
+        return "(b s) k h" + ("" if self._tp == 1 else "{tp:sum}" if slot == SUMMED else "[tp]")
 
     def __call__(self, path: str, port: str, slot: str, tensor: torch.Tensor, layout: StepLayout) -> str:
         """Dims of one tensor as it was seen, before it is split by prompt; empty when its axes are unknown."""

@@ -154,7 +154,7 @@ class MappedValues:
     def _covering(self, site: Site, prompt: int, positions: range) -> Iterable[tuple[range, Stored]]:
         """Tensors of a site that hold some of the positions, in the order in which they were computed."""
         for stored in self._stored.get((self._run, site), ()):
-            if stored.prompt == prompt and stored.position_start is not None:
+            if stored.prompt == prompt and stored.position_start is not None and stored.held is None:
                 stop = stored.position_start + (stored.position_count or 0)
                 span = range(max(positions.start, stored.position_start), min(positions.stop, stop))
                 if span:
