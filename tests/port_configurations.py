@@ -84,6 +84,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("arcee", {}),
     "seed_oss": ("seed_oss", {}),
     "exaone4": ("exaone4", {}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 128, "num_key_value_heads": 8}),
     "mixtral": ("mixtral", {}),
     "qwen2_moe": ("qwen2_moe", {}),
     "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,18 @@ def test_a_port_holds_only_what_its_model_needs(specs: dict[str, Architecture]) 
     assert "NeuronLlamaMLP" in text
     for foreign in ("softcap", "local_mask", "rotate_interleaved", "RENAMED =", "split_", "LMHead", "try:", "logging"):
         assert foreign not in text
+
+
+def test_norms_may_follow_the_rotary_embedding() -> None:
+    found = analyse_config(configuration("hunyuan_v1_dense"))
+    text = modeling_text(found)
+    assert "return self.q_norm(Q), self.k_norm(K), cos_cache, sin_cache" in text
+    assert "q_layernorm=" not in text
+    norm = found.attention.query_key_norm
+    assert norm is not None
+    wide = dataclasses.replace(found.attention, query_key_norm=dataclasses.replace(norm, scope="width"))
+    with pytest.raises(InputError, match="unsupported: norms of rotated queries and keys over several heads"):
+        modeling_text(dataclasses.replace(found, attention=wide))
 
 
 def test_generate_writes_the_port_and_its_description(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,10 @@ def attention_plan(spec: Architecture, stem: str, sdk: str) -> dict[str, Any]:
     after = []
     if local:
         after.append(f"self.local_size = {_case_expression([(c.condition, c.size) for c in attention.mask])}")
-    if attention.query_key_norm is not None and attention.query_key_norm.scope != "head":
+    norm_after = attention.query_key_norm is not None and attention.query_key_norm.after_rotary
+    if norm_after:
+        after += _norms_after(attention, stem)
+    elif attention.query_key_norm is not None and attention.query_key_norm.scope != "head":
         eps = attention.query_key_norm.norm.eps.expression
         for name, is_query in (("q_layernorm", True), ("k_layernorm", False)):
             after.append(
@@ -57,6 +60,7 @@ def attention_plan(spec: Architecture, stem: str, sdk: str) -> dict[str, Any]:
         "after": after,
         "per_layer": per_layer,
         "rotate": rotate,
+        "norm_after": norm_after,
         "partial": partial,
         "local_mask": local,
         "native_window": native_window,
@@ -119,17 +123,25 @@ def _arguments(spec: Architecture, stem: str, divisor: str, sdk: str, native_win
         yield "softmax_scale", divisor
     if attention.clip is not None:
         yield "clip_qkv", attention.clip.expression
-    if attention.query_key_norm is not None:
-        if attention.query_key_norm.after_rotary:
-            raise InputError("unsupported: norms of queries and keys after the rotary embedding have no block yet")
-        if attention.query_key_norm.scope == "head":
-            made = norm_constructor(attention.query_key_norm.norm, attention.head_dim.expression, stem)
-            yield "q_layernorm", made
-            yield "k_layernorm", made
+    norm = attention.query_key_norm
+    if norm is not None and norm.scope == "head" and not norm.after_rotary:
+        made = norm_constructor(norm.norm, attention.head_dim.expression, stem)
+        yield "q_layernorm", made
+        yield "k_layernorm", made
     if attention.sinks:
         yield "learned_sinks_size", "1"
     if native_window:
         yield "sliding_window", f"config.{native_window}"
+
+
+def _norms_after(attention: Attention, stem: str) -> list[str]:
+    """Norms of queries and keys that follow the rotary embedding: the library's own would precede it."""
+    norm = attention.query_key_norm
+    assert norm is not None
+    if norm.scope != "head" or any(case.rotary is None for case in attention.rotary):
+        raise InputError("unsupported: norms of rotated queries and keys over several heads have no block yet")
+    made = norm_constructor(norm.norm, attention.head_dim.expression, stem)
+    return [f"self.q_norm = {made}", f"self.k_norm = {made}"]
 
 
 def _rotary_lines(attention: Attention, stem: str) -> tuple[list[str], str]:

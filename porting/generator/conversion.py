@@ -62,8 +62,9 @@ def _renames_in_layers(spec: Architecture) -> list[tuple[str, str]]:
         ]
     pairs.append((f"{module}.{attention.output}", f"{module}.o_proj"))
     if attention.query_key_norm is not None:
-        pairs.append((f"{module}.{attention.query_key_norm.query}", f"{module}.q_layernorm"))
-        pairs.append((f"{module}.{attention.query_key_norm.key}", f"{module}.k_layernorm"))
+        kind = "norm" if attention.query_key_norm.after_rotary else "layernorm"
+        pairs.append((f"{module}.{attention.query_key_norm.query}", f"{module}.q_{kind}"))
+        pairs.append((f"{module}.{attention.query_key_norm.key}", f"{module}.k_{kind}"))
     for case in spec.feed_forward:
         pairs += _block_renames(case.block) if case.block is not None else _expert_renames(case.experts)
     return [(old, new) for old, new in pairs if old != new]

@@ -28,6 +28,8 @@ def _parts(spec: Architecture) -> Iterator[str]:
         yield "latent attention"
     if context["heads_norm"]:
         yield f"norm of queries and keys per {context['heads_norm']['scope']}"
+    if attention.get("norm_after"):
+        yield "norm of rotated queries and keys"
     rotate = attention["rotate"]
     if rotate:
         yield f"{rotate} rotary"

@@ -150,7 +150,7 @@ def _repeated(spec: Architecture, sizes: Sizes) -> Iterator[Entry]:
     for layer in range(sizes.n_layers):
         source, target = f"{spec.layer.path}.{layer}.{attention.module}", f"layers.{layer}.{attention.module}"
         pairs = [(attention.projections[n], f"qkv_proj.{name}") for n, name in ((1, "k_proj"), (2, "v_proj"))]
-        if norm is not None and norm.scope == "head":
+        if norm is not None and norm.scope == "head" and not norm.after_rotary:
             pairs.append((norm.key, "k_layernorm"))
         for one, other in pairs:
             yield Entry(f"{source}.{one}", f"{target}.{other}", _COPIES, {"target": sizes.copies})
