@@ -100,6 +100,14 @@ def overwritten(key: Array, value: Array, prompt: int) -> tuple[Array, Array]:
     return key[slots], value[slots]
 
 
+def halved_stream(layer: int, stream: Array, block: Array) -> Array:
+    return 0.5 * stream + block if layer == 2 else stream + block
+
+
+def doubled_block(layer: int, stream: Array, block: Array) -> Array:
+    return stream + 2 * block if layer == 2 else stream + block
+
+
 def scaled_block(layer: int, stream: Array, block: Array) -> Array:
     return stream + 0.22 * block if layer % 2 else stream + block
 
@@ -194,6 +202,10 @@ BUGS: dict[str, tuple[Change, str, str, str, str, Any]] = {
                  "missing_residual", "lacks", "model.layers.0"),
     "block factor": (lambda p: {"add": scaled_block}, "model.layers.0", "prefill", "residual_multiplier", "factor",
                      pytest.approx(0.22, rel=0.02)),
+    "half a stream": (lambda p: {"add": halved_stream}, "model.layers.1.post_attention_layernorm", "prefill",
+                      "residual_multiplier", "factor", pytest.approx(0.5, rel=0.02)),
+    "twice a block": (lambda p: {"add": doubled_block}, "model.layers.1.post_attention_layernorm", "prefill",
+                      "doubled_residual", "twice", O_PROJ.replace("layers.0", "layers.1")),
     "vocabulary part": (with_weight("model.embed_tokens", lambda w: w * (np.arange(VOCABULARY) < 41)[:, None]),
                         "model.embed_tokens", "prefill", "embedding_shard", "last_id", 40),
     "shards": (with_weight("lm_head", lambda w: np.roll(w, VOCABULARY // 2, 0)), "lm_head", "prefill",

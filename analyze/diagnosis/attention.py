@@ -111,15 +111,8 @@ def attention_sources(scene: Scene) -> Iterator[Attended]:
     for scale in scales:
         for rotation in rotations:
             for window in dict.fromkeys((config.sliding_window, None)):
-                settings = law.Attention(
-                    shape,
-                    scale,
-                    config.number("attn_logit_softcapping"),
-                    sinks,
-                    window=window,
-                    rotation=rotation,
-                    once=once,
-                )
+                softcap = config.number("attn_logit_softcapping")
+                settings = law.Attention(shape, scale, softcap, sinks, window=window, rotation=rotation, once=once)
                 yield Attended(query.site, key.site, value.site, rotary, settings, parent)
 
 

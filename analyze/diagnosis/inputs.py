@@ -119,6 +119,37 @@ def sources(scene: Scene, width: int, *, sums: bool, own: bool = True) -> Iterat
         yield from (SiteSum((one.site, other.site)) for one, other in combinations(near, 2))
 
 
+def stream_after(scene: Scene, total: SiteSum) -> FloatArray | None:
+    """A sum that no site holds, in the target: what a later site holds less what was added to it in between.
+
+    Args:
+        scene: the suspect, which the sum enters.
+        total: the sum, as the reference makes it.
+
+    Returns:
+        `[tokens, features]`; None when no two later sites give the sum in the reference, or the target lacks them.
+    """
+    view = scene.view(REFERENCE)
+    expected = total.rows(view)
+    if expected is None:
+        return None
+    later = [
+        info
+        for info in scene.runs.sites.values()
+        if info.exec_order > scene.info.exec_order
+        and info.positioned
+        and info.site.port == "output"
+        and info.features == expected.shape[1]
+    ]
+    for block, stream in combinations(sorted(later, key=lambda info: info.exec_order)[:_CANDIDATES], 2):
+        one, other = view.rows(stream.site), view.rows(block.site)
+        if one is None or other is None or np.linalg.norm(one - other - expected) > _EXACT * np.linalg.norm(one):
+            continue
+        given, added = (scene.view(TARGET).rows(info.site) for info in (stream, block))
+        return None if given is None or added is None else given - added
+    return None
+
+
 def find_source(
     scene: Scene, candidates: Iterable[AnySource], recompute: Callable[[FloatArray], FloatArray | None]
 ) -> AnySource | None:

@@ -14,11 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from .hypothesis import INHERITED, Prediction
-from .inputs import SiteSum, best_view, find_source, sources
+from .inputs import SiteSum, best_view, find_source, sources, stream_after
 from .runs import FloatArray
 from .scene import Scene, View
 
 _EPSILONS = (0.0, 1e-12, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+#: Factors of a summand nearer than this to 0, 1 or 2 are taken to be it.
+_PLAIN = 5e-3
 _LOW_PRECISION = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
@@ -211,29 +213,46 @@ def _statistics(scene: Scene, norm: Norm, x: FloatArray) -> Iterator[Prediction]
 
 
 def _input(scene: Scene, found: Found, view: View) -> Iterator[Prediction]:
-    """A residual connection lost on the way in: the norm sees one of the two summands."""
+    """A residual connection lost on the way in, doubled or scaled: the norm sees another sum of the two summands."""
     if len(found.source.sites) != 2:
         return
+    stream = stream_after(scene, found.source)
     for kept, lost in (found.source.sites, found.source.sites[::-1]):
-        x = SiteSum((kept,)).rows(view)
-        if x is None:
+        x, added = SiteSum((kept,)).rows(view), SiteSum((lost,)).rows(view)
+        if x is None or added is None:
             continue
-        yield Prediction(
-            "missing_residual",
-            found.norm(x),
-            f"the norm sees {kept.name} alone: {lost.name} is not added",
-            "add the residual before this norm, and return the sum to the next layer",
-            parameters={"sees": kept.name, "lacks": lost.name},
-        )
-        both, once = found.source.rows(view), SiteSum((lost,)).rows(view)
-        if both is not None and once is not None:
+        # A norm sees no common factor, so that twice the one summand and half the other look alike. What the layer
+        # makes of the sum later on tells them apart.
+        factor = None if stream is None else _share(stream - x, added)
+        if factor is None or abs(factor) < _PLAIN:
+            yield Prediction(
+                "missing_residual",
+                found.norm(x),
+                f"the norm sees {kept.name} alone: {lost.name} is not added",
+                "add the residual before this norm, and return the sum to the next layer",
+                parameters={"sees": kept.name, "lacks": lost.name},
+            )
+        if factor is None or abs(factor - 2) < _PLAIN:
             yield Prediction(
                 "doubled_residual",
-                found.norm(both + once),
-                f"{lost.name} is added twice",
+                found.norm(x + 2 * added),
+                f"{lost.name} is added twice" + ("" if stream is not None else f", or half of {kept.name}"),
                 "add the residual once: some norms of the port already return it",
                 parameters={"twice": lost.name},
             )
+        if factor is not None and min(abs(factor - plain) for plain in (0.0, 1.0, 2.0)) >= _PLAIN:
+            yield Prediction(
+                "residual_multiplier",
+                found.norm(x + factor * added),
+                f"{lost.name} is multiplied by {factor:.4g} before it is added",
+                "add both summands as they are, or with residual_multiplier where the config has one",
+                fitted=1,
+                parameters={"factor": factor, "of": lost.name},
+            )
+
+
+def _share(sum_less_one: FloatArray, other: FloatArray) -> float:
+    return float((sum_less_one * other).sum() / max(float(np.square(other).sum()), 1e-300))
 
 
 FAMILIES = (norms,)

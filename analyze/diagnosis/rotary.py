@@ -249,9 +249,8 @@ def _bases(scene: Scene, law: Rotary, sine: bool) -> Iterator[_Variant]:
     near = math.log(usual)
     fitted = minimize_scalar(misfit, bounds=(near - _REACH, near + _REACH), method="bounded", options={"xatol": 1e-6})
     odd = abs(math.log(usual / law.base)) < 1e-3 or misfit(float(fitted.x)) < misfit(near) / _CLEARLY
-    for base, numbers in ((math.exp(float(fitted.x)), 1),) if odd else ((usual, 0),):
-        if abs(math.log(base / law.base)) < 1e-3:
-            continue
+    base, numbers = (math.exp(float(fitted.x)), 1) if odd else (usual, 0)
+    if abs(math.log(base / law.base)) >= 1e-3:
         yield (
             replace(law, base=base),
             "rope_base",
