@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 
-from ...capture.hf import HuggingFaceCausalModel, ModelSource, load_model
-from ...capture.nxdi.adapter import NxdiCausalModel
+from ...capture.generate import Source
+from ...capture.hf import ModelSource, is_encoder_decoder, load_model
+from ...capture.hf_encoder_decoder import adapter_of
 from ...capture.nxdi.application import CpuSettings, build_application, build_config
+from ...capture.nxdi.encoder_decoder import drive_of
 from ...capture.nxdi.port import activate, load_class, parse_class
+from ...capture.nxdi.taking import distinct_models
 from ..spec.architecture import Architecture
 from ..spec.hostile import tokens_for
 from .hostile_checkpoint import save_checkpoint
@@ -64,11 +67,13 @@ def logit_errors(
         else:
             save_checkpoint(model, architecture, folder)
             model = load_model(ModelSource(folder, attention="eager"), torch.float32)
-        settings = CpuSettings(torch.float32, 1, tokens.shape[0], _LENGTH)
+        source = _source(model.config) if is_encoder_decoder(model.config) else None
+        options = {} if source is None else {"source_len": 2 * _LENGTH}
+        settings = CpuSettings(torch.float32, 1, tokens.shape[0], _LENGTH, options)
         config = build_config(port_class, port_class.get_config_cls(), folder, settings)
         application = build_application(port_class, config, folder, 0, 1)
-    drive = NxdiCausalModel(application, batch=tokens.shape[0], length=_LENGTH, pad_token=0, one_by_one=False)
-    found, expected = (_logits(m, tokens, prompt) for m in (drive, HuggingFaceCausalModel(model)))
+    drive = drive_of(application, distinct_models(application)[0], settings, 0)
+    found, expected = (_logits(m, tokens, prompt, source) for m in (drive, adapter_of(model)))
     return LogitErrors(_distance(found[:1], expected[:1]), _distance(found[1:], expected[1:]))
 
 
@@ -79,10 +84,18 @@ def _join() -> None:
         torch.distributed.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
 
 
-def _logits(model: Any, tokens: torch.Tensor, prompt: int) -> torch.Tensor:
+def _source(config: Any) -> Source:
+    """What an encoder reads: rows of different lengths."""
+    ids = tokens_for(config, 2, 25, seed=3)
+    mask = torch.ones_like(ids)
+    mask[1, 18:] = 0
+    return Source(ids, mask)
+
+
+def _logits(model: Any, tokens: torch.Tensor, prompt: int, source: Source | None) -> torch.Tensor:
     """Logits of the last position of every pass, (passes, batch, vocabulary)."""
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    logits, cache = model(tokens[:, :prompt], torch.ones_like(tokens[:, :prompt]), positions[:, :prompt], None)
+    logits, cache = model(tokens[:, :prompt], torch.ones_like(tokens[:, :prompt]), positions[:, :prompt], source)
     collected = [logits[:, -1]]
     for position in range(prompt, tokens.shape[1]):
         mask = torch.ones_like(tokens[:, : position + 1])
