@@ -63,13 +63,16 @@ def _transform(entry: Component) -> dict[str, list[list[int]]] | None:
 
 
 def _paired(pairs: Sequence[Pair], reference: Sequence[SiteInfo], target: Sequence[SiteInfo]) -> Iterable[Component]:
-    """Entries for pairs: parts of a fused site together, everything else one by one."""
+    """Entries for pairs: parts of a fused site together, everything else one by one.
+
+    Single experts of fused ones are left to the automatic mapping: an entry cannot say which tokens are meant.
+    """
     widths = {info.site: info.features for info in target}
     own = {info.site: info.features for info in reference}
     fused: dict[Site, list[Pair]] = {}
     split: dict[Site, list[Pair]] = {}
     for pair in pairs:
-        if pair.reference.call or pair.target.call:
+        if pair.reference.call or pair.target.call or pair.expert is not None:
             continue
         if pair.transform == "slice" and pair.reference_columns is None:
             fused.setdefault(pair.target, []).append(pair)
