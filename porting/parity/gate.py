@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ...analyze.compare import ComparisonRequest, ComparisonSummary, compare
@@ -23,7 +22,6 @@ from ...capture.generate import Generation
 from ...capture.hf import ModelSource, load_config
 from ...capture.hf_run import HuggingFaceCapture, capture_hugging_face
 from ...capture.nxdi.run import NxdiCapture, capture_on_cpu
-from ...capture.prompts import PromptInput
 from ...capture.replicate import Replicate
 from ...capture.selection import Selection
 from ...store.errors import CaptureError, InputError
@@ -31,11 +29,10 @@ from ...store.progress import Progress, no_progress
 from ...store.trace import Trace
 from ..environment import find_environment, require_sources
 from ..generator.generate import Port, generate, write_port
-from ..spec.architecture import Architecture
+from ..spec.encoder_decoder_facts import AnyArchitecture
 from ..spec.extract import analyse_model
 from ..spec.hostile import hostile_model
-from .components import component_mapping_text, parts_of_experts, sizes_of
-from .hostile_checkpoint import save_checkpoint
+from .subject import left_out, mapping_text, prompts_for, save
 
 #: Largest relative L2 distance of a site in FP32.
 TOLERANCE = 1e-5
@@ -109,7 +106,7 @@ class GateReport:
         seconds_to_generate: time for analysis and generation.
     """
 
-    architecture: Architecture
+    architecture: AnyArchitecture
     port: Port
     port_file: Path
     trace: Path
@@ -152,7 +149,7 @@ def check_model(
 
 
 def check_port(
-    architecture: Architecture,
+    architecture: AnyArchitecture,
     config: object,
     port: str,
     folder: Path,
@@ -193,7 +190,7 @@ class ParityGate:
 
     def __init__(
         self,
-        architecture: Architecture,
+        architecture: AnyArchitecture,
         config: object,
         folder: Path,
         *,
@@ -216,17 +213,15 @@ class ParityGate:
         model = hostile_model(config, seed)
         self._architecture, self._config, self._folder, self._batch = architecture, model.config, folder, len(prompts)
         self._checkpoint = folder / "checkpoint"
-        save_checkpoint(model, architecture, self._checkpoint, seed)
-        rng = np.random.default_rng(seed)
-        tokens = {n: tuple(int(token) for token in rng.integers(2, model.config.vocab_size, n)) for n in prompts}
+        save(model, architecture, self._checkpoint, seed)
         self.trace = Trace.create(folder / "trace")
-        self._selection = Selection(exclude=(*_without_effect(model), *parts_of_experts(architecture)))
+        self._selection = Selection(exclude=(*_without_effect(model), *left_out(architecture)))
         self._capture(
             HuggingFaceCapture(
                 ModelSource(self._checkpoint, attention="eager"),
                 REFERENCE,
                 "reference",
-                prompts=[PromptInput(str(n), token_ids=ids) for n, ids in tokens.items()],
+                prompts=prompts_for(architecture, prompts, model.config.vocab_size, seed),
                 generation=Generation(new_tokens=_DECODED + 1, batch_size=self._batch),
             )
         )
@@ -294,8 +289,7 @@ class ParityGate:
     def _mapping(self, tp: int) -> Path:
         file = self._folder / f"component_mapping-tp{tp}.json"
         if not file.exists():
-            sizes = sizes_of(self._architecture, self._config, tp)
-            file.write_text(component_mapping_text(self._architecture, sizes, self._recorded))
+            file.write_text(mapping_text(self._architecture, self._config, tp, self._recorded))
         return file
 
 
