@@ -31,7 +31,7 @@ from tensorsleuth.porting.generator.custom import custom_parts
 from tensorsleuth.porting.generator.generate import generate, write_port
 from tensorsleuth.porting.parity.direct import logit_errors
 from tensorsleuth.porting.parity.gate import FULL, TOLERANCE, check_model
-from tensorsleuth.porting.spec.extract import analyse_config
+from tensorsleuth.porting.spec.extract import analyse
 from tensorsleuth.porting.spec.hostile import hostile_model
 from tensorsleuth.store import InputError, SleuthError
 
@@ -72,7 +72,7 @@ def logits_only(name: str, folder: Path) -> bool:
     config = configuration(name)
     started = time.perf_counter()
     try:
-        architecture = analyse_config(config)
+        architecture = analyse(config)
         port = generate(architecture)
         seconds = time.perf_counter() - started
         file = write_port(port, folder)

@@ -99,6 +99,10 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": ("deepseek_v2", _DEEPSEEK_V2),
     "deepseek_v3": ("deepseek_v3", {"rope_scaling": _DEEPSEEK_YARN}),
     "deepseek_v3-fp8": ("deepseek_v3", {"rope_scaling": _DEEPSEEK_YARN, "quantization_config": _FP8}),
+    "t5": ("t5", {}),
+    "flan-t5": ("t5", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "mt5": ("mt5", {}),
+    "umt5": ("umt5", {}),
 }
 
 

@@ -5,17 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..spec.architecture import Architecture
+from ..spec.encoder_decoder_facts import AnyArchitecture, EncoderDecoder
 from .norm_plan import norm_plan
 from .plan import plan
 
 
-def custom_parts(spec: Architecture) -> tuple[str, ...]:
+def custom_parts(spec: AnyArchitecture) -> tuple[str, ...]:
     """Names of the facts that needed code of their own, for reports.
 
     Args:
         spec: the architecture.
     """
-    return tuple(_parts(spec))
+    return tuple(_of_stacks(spec) if isinstance(spec, EncoderDecoder) else _parts(spec))
+
+
+def _of_stacks(spec: EncoderDecoder) -> Iterator[str]:
+    yield "two stacks, their attention and caches"
+    if spec.decoder.positions is not None:
+        yield "relative positions"
+    yield "feed-forward block"
+    if spec.head.factor is not None:
+        yield "logit factor"
 
 
 def _parts(spec: Architecture) -> Iterator[str]:

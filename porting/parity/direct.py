@@ -21,6 +21,7 @@ from ...capture.nxdi.encoder_decoder import drive_of
 from ...capture.nxdi.port import activate, load_class, parse_class
 from ...capture.nxdi.taking import distinct_models
 from ..spec.architecture import Architecture
+from ..spec.encoder_decoder_facts import AnyArchitecture
 from ..spec.hostile import tokens_for
 from .hostile_checkpoint import save_checkpoint
 
@@ -42,7 +43,7 @@ class LogitErrors:
 
 @torch.no_grad()
 def logit_errors(
-    model: Any, port: str, architecture: Architecture | None = None, *, prompt: int = 11, decoded: int = 8
+    model: Any, port: str, architecture: AnyArchitecture | None = None, *, prompt: int = 11, decoded: int = 8
 ) -> LogitErrors:
     """Run a port beside its model.
 
@@ -62,7 +63,7 @@ def logit_errors(
     tokens = tokens_for(model.config, 2, prompt + decoded)
     with tempfile.TemporaryDirectory(prefix="sleuth-parity-") as scratch:
         folder = Path(scratch)
-        if architecture is None or architecture.packing is None:
+        if not isinstance(architecture, Architecture) or architecture.packing is None:
             model.save_pretrained(folder)
         else:
             save_checkpoint(model, architecture, folder)

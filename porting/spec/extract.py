@@ -54,11 +54,15 @@ def analyse_model(path: Path) -> AnyArchitecture:
     """
     config = load_config(ModelSource(path)).get_text_config()
     keys = checkpoint_keys(path)
-    architecture: AnyArchitecture
-    architecture = analyse_encoder_decoder(config) if is_encoder_decoder(config) else analyse_config(config, keys)
+    architecture = analyse(config, keys)
     if keys is not None:
         check_checkpoint(architecture, config, plain_shapes(keys))
     return architecture
+
+
+def analyse(config: Any, shapes: Mapping[str, tuple[int, ...]] | None = None) -> AnyArchitecture:
+    """Analyse the configuration of a decoder-only model or of an encoder-decoder; see `analyse_config`."""
+    return analyse_encoder_decoder(config) if is_encoder_decoder(config) else analyse_config(config, shapes)
 
 
 @torch.no_grad()
