@@ -45,8 +45,8 @@ def with_fused_experts(mapping: SiteMapping, reference: Sequence[SiteInfo], targ
     pairs: list[Pair] = []
     gaps: list[Gap] = []
     for gap in mapping.gaps:
-        info = known.get(gap.site)
-        pair = None if info is None or gap.final else _pair(info, there)
+        one = known.get(gap.site)
+        pair = None if one is None or gap.final else _pair(one, there)
         if pair is None:
             gaps.append(gap)
         else:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ Array = npt.NDArray[Any]
 
 #: Combinations of rows that are tried for one token.
 _COMBINATIONS = 4096
+#: Combinations without a result after which a call is given up: its output is something else.
+_WASTE = 1 << 14
 #: Elements that are widened to float64 at a time.
 _ELEMENTS = 1 << 22
 #: Scores this close may be ordered otherwise by a softmax in float32.
@@ -94,6 +96,7 @@ class _Search:
         self._lists: dict[int, IntArray] = {}
         self.proven: dict[int, dict[int, int]] = {expert: {} for expert in call.rows}
         self.sent: dict[int, frozenset[int]] = {}
+        self._wasted = 0
         self._open(range(call.scores.shape[1]))
 
     def _open(self, experts: Sequence[int]) -> None:
@@ -119,7 +122,7 @@ class _Search:
             self._verify(closed)
             tried[closed] = True
             waiting = np.flatnonzero((n_ways > 1) & (n_ways <= _COMBINATIONS) & ~tried)
-            if not len(waiting):
+            if not len(waiting) or self._wasted > _WASTE:
                 return
             token = int(waiting[np.argmin(n_ways[waiting])])
             windows = [range(*span) for span in zip(self.low[token], self.high[token] + 1, strict=True)]
@@ -129,6 +132,8 @@ class _Search:
     def by_values(self) -> None:
         """Seek the tokens that are in no known order, or not where the order says, among the rows that are left."""
         for token in range(len(self._call.scores)):
+            if self._wasted > _WASTE:
+                return
             for experts in self._candidates(token):
                 known = [self.proven.get(expert, {}) for expert in experts]
                 if all(token in rows for rows in known):
@@ -197,17 +202,22 @@ class _Search:
 
         A row that is the same in all that do is proven; of others that are equal to each other, the first is taken.
         """
-        ways = list(product(*windows))
-        fitting = []
-        width = self._call.output.shape[1]
-        size = max(1, _ELEMENTS // (width * len(windows)))
-        for start in range(0, len(ways), size):
-            some = ways[start : start + size]
-            stacked = np.stack([self._rows(token, experts, rows) for rows in some])
-            fits = self._explained(np.full(len(some), token), stacked)
-            fitting += [rows for rows, good in zip(some, fits, strict=True) if good]
+        values = [self._call.rows[int(e)][list(w)].astype(np.float64) for e, w in zip(experts, windows, strict=True)]
+        ways = np.indices([len(window) for window in windows]).reshape(len(windows), -1)
+        fitting: list[IntArray] = []
+        size = max(1, _ELEMENTS // (self._call.output.shape[1] * len(windows)))
+        for start in range(0, ways.shape[1], size):
+            some = ways[:, start : start + size]
+            stacked = np.stack([rows[at] for rows, at in zip(values, some, strict=True)], axis=1)
+            if self._call.beside is not None:
+                beside = self._call.beside[token].astype(np.float64)
+                stacked = np.concatenate([stacked, np.broadcast_to(beside, (len(stacked), *beside.shape))], axis=1)
+            fits = self._explained(np.full(len(stacked), token), stacked)
+            fitting.extend(some[:, fits].T)
+        if not fitting:
+            self._wasted += ways.shape[1]
         for place, expert in enumerate(np.asarray(experts).tolist()):
-            rows = sorted({way[place] for way in fitting})
+            rows = sorted({int(windows[place][way[place]]) for way in fitting})
             if len(rows) == 1:
                 self._accept_one(token, expert, rows[0])
                 self._narrow(token, expert, rows[0])
