@@ -7,6 +7,7 @@ from typing import Any
 from port_configurations import configuration
 from tensorsleuth.porting.parity.components import Sizes, component_mapping, sizes_of
 from tensorsleuth.porting.parity.first_modules import shows_at
+from tensorsleuth.porting.parity.gate import held_to_logits
 from tensorsleuth.porting.parity.mutation import mutants
 from tensorsleuth.porting.spec.extract import analyse_config
 from tensorsleuth.porting.spec.hostile import hostile_model, small_config
@@ -87,3 +88,12 @@ def test_every_mutant_shows_at_some_module_of_its_model() -> None:
         spec, modules = analyse_config(config), [path for path, _ in hostile_model(config).named_modules()]
         for mutant in mutants(spec):
             assert any(shows_at(spec, mutant.field, module or "(root)") for module in modules), mutant.field
+
+
+def test_replicates_do_not_excuse_logits() -> None:
+    assert held_to_logits("pass", (), None) == ("pass", ())
+    assert held_to_logits("pass", (), 1.19) == ("pass", ())
+    verdict, (reason,) = held_to_logits("pass", (), 1.2)
+    assert verdict == "undecided"
+    assert "R of the logits is 1.20, not below 1.2" in reason
+    assert held_to_logits("fail", ("why",), 3.0) == ("fail", ("why",))

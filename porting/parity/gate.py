@@ -2,7 +2,8 @@
 
 The checkpoint is small and hostile (`spec.hostile`). In FP32, every site may differ from the reference by rounding
 alone; in BF16, every site may make no more than the baseline's error times tau_R, or what clean runs that round
-elsewhere make. Every check is a comparison in a trace, so that what fails can be looked into afterwards.
+elsewhere make, and logits no more than tau_R. Every check is a comparison in a trace, so that what fails can be
+looked into afterwards.
 """
 
 from __future__ import annotations
@@ -300,6 +301,20 @@ def _without_effect(model: torch.nn.Module) -> Iterator[str]:
             yield path
 
 
+def held_to_logits(verdict: str, reasons: tuple[str, ...], ratio: float | None) -> tuple[str, tuple[str, ...]]:
+    """A verdict on sites and its reasons, with the logits held to tau_R itself: replicates widen their limit, too.
+
+    Args:
+        verdict: of the comparison.
+        reasons: why it is not `pass`.
+        ratio: R of the logits, None in FP32.
+    """
+    limit = Thresholds().tau_r
+    if verdict != PASS or ratio is None or ratio < limit:
+        return verdict, reasons
+    return UNDECIDED, (*reasons, f"R of the logits is {ratio:.2f}, not below {limit:g}; clean runs reach that here")
+
+
 def _described(trace: Trace, setting: Setting, summary: ComparisonSummary, seconds: float) -> Check:
     by = "relative_l2" if setting.dtype == "float32" else "r_judged"
     rows = run_sql(
@@ -312,12 +327,14 @@ def _described(trace: Trace, setting: Setting, summary: ComparisonSummary, secon
     first = run_sql(
         trace, "SELECT * FROM first_divergence WHERE comparison = ? AND overall", [summary.comparison]
     ).to_pylist()
+    ratio = None if by == "relative_l2" else max((row["r_judged"] for row in logits), default=None)
+    verdict, reasons = held_to_logits(summary.verdict, summary.reasons, ratio)
     return Check(
         setting=setting,
-        verdict=summary.verdict,
-        reasons=summary.reasons,
+        verdict=verdict,
+        reasons=reasons,
         logits_error=max((row["relative_l2"] for row in logits if row["relative_l2"] is not None), default=None),
-        logits_ratio=None if by == "relative_l2" else max((row["r_judged"] for row in logits), default=None),
+        logits_ratio=ratio,
         worst_site=f"{rows[0]['site']} ({rows[0]['phase']})" if rows else "",
         worst=rows[0][by] if rows else None,
         first_divergent=f"{first[0]['site']} ({first[0]['phase']})" if first else "",
