@@ -247,6 +247,8 @@ def examined_run(trace: Trace, run: str, site: str, phase: str = "prefill") -> F
     """What is said about one site of a recorded run, of a trace with `fp32` and `bf16`."""
     names = [info.site.name for info in sites_of(trace, "fp32")]
     with catalog.writing(trace.catalog_path) as connection:
+        connection.execute("DELETE FROM comparisons WHERE comparison = ?", [run])
+        connection.execute("DELETE FROM mapping_entries WHERE mapping = ?", [run])
         connection.execute(
             """INSERT INTO comparisons BY NAME SELECT $1 AS comparison, 'fp32' AS reference, 'bf16' AS baseline,
                $1 AS target, $1 AS mapping, '{}' AS thresholds, current_timestamp AS created_at, 'fail' AS verdict,

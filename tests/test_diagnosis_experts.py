@@ -106,18 +106,18 @@ class Block:
 TOKENS = {prompt: list(range(LENGTH)) for prompt in range(PROMPTS)}
 
 
-def recorded(trace: Trace, run: str, role: str, tensors: list[Tensor], **provenance: Any) -> None:
+MOE_CONFIG = {"num_experts_per_tok": TOP, "num_local_experts": EXPERTS, "hidden_size": HIDDEN, "model_type": "mixtral"}
+
+
+def recorded(trace: Trace, run: str, role: str, tensors: list[Tensor]) -> None:
     dtype = "float32" if role == "reference" else "bfloat16"
-    add_run(trace, run, tensors, role=role, tokens=TOKENS, provenance=provenance, dtype=dtype)
+    add_run(trace, run, tensors, role=role, tokens=TOKENS, provenance={"config": MOE_CONFIG}, dtype=dtype)
 
 
 @pytest.fixture(scope="module")
 def moe(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, Block]:
     trace, block = Trace.create(tmp_path_factory.mktemp("experts") / "trace"), Block()
-    recorded(
-        trace, "fp32", "reference", block.run(lambda x: np.asarray(x, np.float32).astype(np.float64)),
-        config={"num_experts_per_tok": TOP, "hidden_size": HIDDEN},
-    )  # fmt: skip
+    recorded(trace, "fp32", "reference", block.run(lambda x: np.asarray(x, np.float32).astype(np.float64)))
     recorded(trace, "bf16", "baseline", block.run(bf16))
     return trace, block
 
@@ -154,6 +154,16 @@ def test_what_is_wrong_with_experts_is_named(
     if cause == "expert_order":
         told = found.evidence["parameters"]["order"]
         assert all(was in (-1, change["order"][place]) for place, was in enumerate(told))
+
+
+def test_an_expert_that_is_another_one_is_named_at_its_own_site(moe: tuple[Trace, Block]) -> None:
+    trace, block = moe
+    recorded(trace, "next", "target", block.run(bf16, order=(1, 2, 3, 4, 0)))
+    told = {place: examined_run(trace, "next", f"mlp.experts.{place}") for place in range(EXPERTS)}
+    named = {place: found.evidence["parameters"]["is"] for place, found in told.items() if found.is_named}
+    assert len(named) >= 2
+    assert all(was == (place + 1) % EXPERTS for place, was in named.items())
+    assert {found.cause for found in told.values()} == {"expert_order", "unknown"} or len(named) == EXPERTS
 
 
 def test_an_experts_block_that_was_given_something_wrong_is_not_blamed(moe: tuple[Trace, Block]) -> None:

@@ -10,6 +10,7 @@ from ...store.progress import Progress, no_progress
 from ...store.trace import Trace
 from . import activations, factors, linear, norms, output, places, residual, rotary, routing, whole
 from .causes import entry_of
+from .experts import misplaced_expert
 from .finding import Finding, keep
 from .hypothesis import INHERITED, Family, Prediction, Scored, score
 from .origins import Origin, origins
@@ -72,7 +73,7 @@ def examine(runs: ComparedRuns, origin: Origin, rank: int) -> Finding | None:
         return _finding(runs, origin, rank, broken, {"where": where(scene), **_evidence(broken)})
     decision = _refined(runs, origin, decide(scene.error, scores(scene)))
     if decision.cause == UNKNOWN:
-        decision = rounded_weight(scene) or decision
+        decision = misplaced_expert(scene) or rounded_weight(scene) or decision
     evidence = {"where": where(scene), "weights": weights(scene), **_evidence(decision)}
     return _finding(runs, origin, rank, decision, evidence)
 

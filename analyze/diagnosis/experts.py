@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .hypothesis import Prediction, Scored
+from .ranking import Decision
 from .runs import FloatArray, IntArray
 from .scene import REFERENCE, TARGET, Scene
 
@@ -72,9 +74,18 @@ class Experts:
         return found
 
 
-def recorded_experts(scene: Scene, side: str, parts: tuple[str, ...] = ("",)) -> Experts | None:
-    """The experts of a block as one side recorded them; None when they are no modules or their inputs are missing."""
-    block = scene.site.module.removesuffix(".experts")
+def recorded_experts(
+    scene: Scene, side: str, parts: tuple[str, ...] = ("",), *, block: str | None = None
+) -> Experts | None:
+    """The experts of a block as one side recorded them; None when they are no modules or their inputs are missing.
+
+    Args:
+        scene: the suspect; experts are seen on its tokens.
+        side: `reference` or `target`.
+        parts: modules of the experts, empty for themselves.
+        block: path of the block, the suspect's own by default.
+    """
+    block = scene.site.module.removesuffix(".experts") if block is None else block
     run = scene.runs.reference if side == REFERENCE else scene.runs.target
     sites = scene.runs.sites if side == REFERENCE else scene.runs.target_sites
     numbers = sorted({int(m[2]) for name in sites if (m := _NAME.match(name)) and m[1] == block})
@@ -102,6 +113,34 @@ def recorded_experts(scene: Scene, side: str, parts: tuple[str, ...] = ("",)) ->
         nothing = np.full((len(tokens), width), np.nan)
         outputs[part] = np.stack([nothing if values is None else values for values in by_number.values()])
     return Experts(tokens, outputs) if "" in outputs else None
+
+
+def misplaced_expert(scene: Scene) -> Decision | None:
+    """An expert that returns what another expert of the reference does, on the tokens that both are given there."""
+    match = _NAME.match(scene.site.module)
+    if match is None or scene.site.port != "output":
+        return None
+    block, number = match[1], int(match[2])
+    ours = recorded_experts(scene, REFERENCE, block=block)
+    if ours is None or number >= len(ours.outputs[""]):
+        return None
+    theirs = Experts(ours.inputs, {"": scene.target[None]})
+    same = theirs.same(ours, scene.noise)[0]
+    if same[number] != 0.0 or (same == 1.0).sum() != 1:
+        return None
+    other = int((same == 1.0).argmax())
+    shared = ~np.isnan(ours.outputs[""][other, :, 0])
+    expected = ours.outputs[""][other, shared]
+    left = float(np.linalg.norm(scene.target[shared] - expected))
+    error = float(np.linalg.norm(scene.target[shared] - scene.reference[shared]))
+    prediction = Prediction(
+        "expert_order",
+        np.zeros((0, 0)),
+        f"expert {number} returns what expert {other} should, on all {int(shared.sum())} tokens that both are given",
+        "stack the experts in the order of the checkpoint, and shard them over ranks in that order",
+        parameters={"expert": number, "is": other, "tokens": int(shared.sum())},
+    )
+    return Decision("expert_order", Scored(prediction, 0.0, 0.0, 0.0, 0.0), None, max(0.0, 1.0 - left / error), "")
 
 
 def _block_inputs(scene: Scene, side: str, block: str) -> FloatArray | None:

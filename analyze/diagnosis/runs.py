@@ -14,6 +14,7 @@ from ...store.trace import Trace
 from ..align import AlignedSite, PromptPair, Selection, align, match_prompts
 from ..loading import load_sites
 from ..ranks import Stored
+from ..routed_rows import with_tokens
 from ..sites import Site, SiteInfo, sites_of
 from ..stored_pairs import selection_of
 from .config import ModelConfig
@@ -96,12 +97,15 @@ class ComparedRuns:
     @cached_property
     def sites(self) -> dict[str, SiteInfo]:
         """The reference's sites by name, in execution order."""
-        return {info.site.name: info for info in sites_of(self.trace, self.reference)}
+        return {info.site.name: info for info in self._sites_of(self.reference)}
 
     @cached_property
     def target_sites(self) -> dict[str, SiteInfo]:
         """The target's sites by name."""
-        return {info.site.name: info for info in sites_of(self.trace, self.target)}
+        return {info.site.name: info for info in self._sites_of(self.target)}
+
+    def _sites_of(self, run: str) -> list[SiteInfo]:
+        return with_tokens(self.trace, run, sites_of(self.trace, run))
 
     @cached_property
     def classes(self) -> dict[str, str]:
