@@ -236,7 +236,8 @@ class _Search:
 
     def _accept_one(self, token: int, expert: int, row: int) -> None:
         self.proven[expert][token] = row
-        self.sent[expert] |= {token}
+        if token not in self.sent[expert]:
+            self.sent[expert] |= {token}
 
     def _narrow(self, token: int, expert: int, row: int) -> None:
         """A proven row bounds those of the tokens listed before and behind it."""
