@@ -32,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", default=[], help="glob over target names")
     parser.add_argument("--sample", type=int, help="so many targets only, drawn at random (with a fixed seed)")
+    parser.add_argument("--seed", type=int, help="of the sample; its size by default")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--prompts", type=int, default=12, help="prompts per target")
     parser.add_argument("--outputs-only", action="store_true", help="record no inputs of modules")
@@ -47,7 +48,8 @@ def main() -> None:
     if any(target.ranks for target in chosen) and (reason := nxdi_targets.why_not()):
         print(f"ports of NxD Inference are left out: {reason}")
         chosen = [target for target in chosen if not target.ranks]
-    random.Random(arguments.sample).shuffle(chosen) if arguments.sample else None
+    if arguments.sample:
+        random.Random(arguments.sample if arguments.seed is None else arguments.seed).shuffle(chosen)
     chosen = chosen[: arguments.sample]
     with tempfile.TemporaryDirectory(prefix="fault-benchmark-") as scratch:
         folder = arguments.keep or Path(scratch)
