@@ -208,6 +208,7 @@ import torch
 from transformers import T5Config, UMT5Config
 from tensorsleuth.capture.hf import quiet_transformers
 from tensorsleuth.porting.generator.generate import generate, write_port
+from tensorsleuth.porting.lint.coverage import check_coverage
 from tensorsleuth.porting.parity.direct import logit_errors
 from tensorsleuth.porting.spec.encoder_decoder import analyse_encoder_decoder
 from tensorsleuth.porting.spec.hostile import hostile_model
@@ -222,11 +223,14 @@ def errors(name, model, spec):
     file = file.rename(file.with_name(f"port_{name}.py"))
     both = logit_errors(model, f"{file}:{port.class_name}")
     found[name] = [both.prefill, both.decode]
+    return f"{file}:{port.class_name}"
 
 for name, config in (("plain", T5Config()), ("every_layer", UMT5Config())):
     model, spec = hostile_model(config), analyse_encoder_decoder(config)
-    errors(name, model, spec)
+    port = errors(name, model, spec)
     if name == "plain":
+        model.save_pretrained(folder / "checkpoint")
+        found["problems"] = [problem.message for problem in check_coverage(port, folder / "checkpoint")]
         encoder, decoder = spec.encoder, spec.decoder
         turned = replace(decoder, positions=replace(decoder.positions, bidirectional=True))
         errors("turned", model, replace(spec, decoder=turned))
@@ -250,6 +254,11 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
 @pytest.mark.parametrize("name", ["plain", "every_layer"])
 def test_a_port_computes_its_models_logits(name: str, errors: dict[str, list[float]]) -> None:
     assert max(errors[name]) < 1e-5
+
+
+@needs_sources
+def test_both_conversions_together_use_every_weight(errors: dict[str, list[float]]) -> None:
+    assert errors["problems"] == []
 
 
 @needs_sources

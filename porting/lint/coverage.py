@@ -10,7 +10,7 @@ import json
 import re
 import struct
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+#: Attributes under which a port of two stacks names their applications.
+STACKS = ("_encoder_cls", "_decoder_cls")
 #: Buffers that old checkpoints carry and every implementation computes.
 _COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn(ention)?\.bias|position_ids)$")
 #: Parameters that no checkpoint fills: caches, and rank numbers, which the loader counts.
@@ -106,16 +108,23 @@ def check_coverage(port: str, checkpoint: Path, *, config: str = "", tp: int = 1
     configuration = port_config(model_class, config_class, checkpoint)
     with one_rank():
         try:
-            model = model_on_meta(model_class, configuration)
+            provenance, parts = Provenance(weights), []
+            models = [(part, model_on_meta(part, configuration)) for part in stacks_of(model_class)]
             configuration.neuron_config.tp_degree = tp
-            state, provenance = _convert(model_class, configuration, model, checkpoint, weights)
-            expected = model.state_dict()
+            for part, model in models:
+                state = _convert(part, configuration, model, checkpoint, weights, provenance)
+                parts.append((model.state_dict(), state))
         except InputError:
             raise
         except Exception as error:  # noqa: BLE001 (any failure of the port's code is the finding)
             return [_failure(error)]
     tied = bool(getattr(configuration, "tie_word_embeddings", False))
-    return _compare(expected, state, weights, provenance, tied=tied)
+    return _compare(parts, weights, provenance, tied=tied)
+
+
+def stacks_of(model_class: Any) -> list[Any]:
+    """The classes whose conversions a port has: of encoder and decoder where they are two, else its own."""
+    return [getattr(model_class, name) for name in STACKS if hasattr(model_class, name)] or [model_class]
 
 
 def _failure(error: Exception) -> CoverageProblem:
@@ -127,13 +136,17 @@ def _failure(error: Exception) -> CoverageProblem:
 
 
 def _convert(
-    model_class: Any, configuration: Any, model: torch.nn.Module, checkpoint: Path, weights: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], Provenance]:
-    """The port's converted checkpoint, with preshard hooks applied, and where its tensors come from."""
+    model_class: Any,
+    configuration: Any,
+    model: torch.nn.Module,
+    checkpoint: Path,
+    weights: Mapping[str, torch.Tensor],
+    provenance: Provenance,
+) -> dict[str, torch.Tensor]:
+    """The port's converted checkpoint, with preshard hooks applied; `provenance` learns where tensors come from."""
     from neuronx_distributed.trace import trace
     from neuronx_distributed_inference.models import application_base
 
-    provenance = Provenance(weights)
     own_loader = application_base.load_state_dict
     application_base.load_state_dict = lambda *_, **__: dict(weights)
     try:
@@ -142,31 +155,36 @@ def _convert(
             trace.invoke_preshard_hook(model, state, "")
     finally:
         application_base.load_state_dict = own_loader
-    return {name: weight for name, weight in state.items() if isinstance(weight, torch.Tensor)}, provenance
+    return {name: weight for name, weight in state.items() if isinstance(weight, torch.Tensor)}
 
 
 def _compare(
-    expected: Mapping[str, torch.Tensor],
-    state: Mapping[str, torch.Tensor],
+    parts: Sequence[tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]],
     weights: Mapping[str, torch.Tensor],
     provenance: Provenance,
     *,
     tied: bool,
 ) -> list[CoverageProblem]:
-    problems = []
-    missing = [name for name in expected if name not in state and not _NOT_LOADED.search(name)]
-    for pattern, names in _grouped(missing).items():
-        problems.append(
-            CoverageProblem(
-                "unfilled-parameter",
-                f"{pattern} ({_count(names)}) is not in the converted checkpoint",
-                "add it in convert_hf_to_neuron_state_dict; a missing weight is loaded as it was initialised, silently",
+    """Problems of one or two stacks, each given by its parameters and its converted checkpoint."""
+    problems, later = [], []
+    used: set[str] = set()
+    for expected, state in parts:
+        missing = [name for name in expected if name not in state and not _NOT_LOADED.search(name)]
+        for pattern, names in _grouped(missing).items():
+            problems.append(
+                CoverageProblem(
+                    "unfilled-parameter",
+                    f"{pattern} ({_count(names)}) is not in the converted checkpoint",
+                    "add it in convert_hf_to_neuron_state_dict; a missing weight is loaded as it was initialised, "
+                    "silently",
+                )
             )
-        )
-    used: defaultdict[str, list[str]] = defaultdict(list)
-    for name in expected:
-        for key in provenance.sources(state[name]) if name in state else ():
-            used[key].append(name)
+        filled: defaultdict[str, list[str]] = defaultdict(list)
+        for name in expected:
+            for key in provenance.sources(state[name]) if name in state else ():
+                filled[key].append(name)
+        used |= filled.keys()
+        later += [*_shapes(expected, state), *_doubled(expected, weights, filled, state, tied=tied)]
     lost = [
         key
         for key in weights
@@ -180,9 +198,7 @@ def _compare(
                 "rename it in convert_hf_to_neuron_state_dict, or give the model the module it belongs to",
             )
         )
-    problems += _shapes(expected, state)
-    problems += _doubled(expected, weights, used, state, tied=tied)
-    return problems
+    return problems + later
 
 
 def _shapes(expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[CoverageProblem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -125,12 +126,21 @@ def _causal_model(files: Sequence[PortFile], name: str) -> PortClass:
         cls
         for file in files
         for cls in file.classes.values()
-        if (cls.name == name if name else cls.derives_from("NeuronBaseForCausalLM"))
+        if (cls.name == name if name else cls.derives_from("NeuronBaseForCausalLM") or _joins_stacks(cls))
     ]
     if len(found) != 1:
         known = ", ".join(f"{cls.file.path}:{cls.name}" for cls in found) or "none"
         raise InputError(f"name the causal model whose conversion is to be checked as FILE:CLASS; found {known}")
     return found[0]
+
+
+def _joins_stacks(cls: PortClass) -> bool:
+    """Whether a class is the port of an encoder-decoder: it names the applications of both."""
+    from .coverage import STACKS
+
+    assigned = (target for item in cls.node.body if isinstance(item, ast.Assign) for target in item.targets)
+    named = {target.id for target in assigned if isinstance(target, ast.Name)}
+    return set(STACKS) <= named
 
 
 def _coverage(cls: PortClass, checkpoint: Path, config: str, tp: int, ignore: Sequence[str]) -> list[Diagnostic]:

@@ -94,23 +94,26 @@ class NeuronT5RelativeBias(nn.Module):
             shard_across_embedding=True,
         )
         self.longest = max(config.neuron_config.seq_len, config.neuron_config.source_len)
-        # counted on the host: on the device, a logarithm may be rounded across the edge of a bucket
-        self.buckets = bucket_by_distance(
-            self.longest, config.relative_attention_num_buckets, config.relative_attention_max_distance, bidirectional
-        )
+        self.n_buckets = config.relative_attention_num_buckets
+        self.max_distance = config.relative_attention_max_distance
+        self.bidirectional = bidirectional
 
     def forward(self, query_positions, n_keys):
         """The bias of this rank's heads, (batch or 1, heads, queries, keys)."""
         device = query_positions.device
         distance = torch.arange(n_keys, device=device) - query_positions.unsqueeze(-1)
-        bucket = torch.tensor(self.buckets, device=device)[distance + self.longest - 1]
+        buckets = bucket_by_distance(self.longest, self.n_buckets, self.max_distance, self.bidirectional)
+        bucket = torch.tensor(buckets, device=device)[distance + self.longest - 1]
         # the table's own forward would gather the heads of all ranks
         return nn.functional.embedding(bucket, self.table.weight).permute(0, 3, 1, 2)
 
 
 def bucket_by_distance(longest, buckets, max_distance, bidirectional):
-    """The bucket of every distance (key less query) from 1 - longest to longest - 1."""
-    distance = torch.arange(1 - longest, longest)
+    """The bucket of every distance (key less query) from 1 - longest to longest - 1, as a list.
+
+    They are counted on the CPU: elsewhere, a logarithm may be rounded across the edge of a bucket.
+    """
+    distance = torch.arange(1 - longest, longest, device="cpu")
     if bidirectional:
         buckets //= 2
         first, size = (distance > 0).long() * buckets, distance.abs()
@@ -593,10 +596,13 @@ class NeuronT5DecoderApplication(NeuronApplicationBase):
 class NeuronT5ForConditionalGeneration(nn.Module):
     """T5ForConditionalGeneration on Neuron."""
 
+    _encoder_cls = NeuronT5EncoderApplication
+    _decoder_cls = NeuronT5DecoderApplication
+
     def __init__(self, model_path, config=None, neuron_config=None):
         super().__init__()
-        self.encoder = NeuronT5EncoderApplication(model_path, config, neuron_config)
-        self.decoder = NeuronT5DecoderApplication(model_path, config, neuron_config)
+        self.encoder = self._encoder_cls(model_path, config, neuron_config)
+        self.decoder = self._decoder_cls(model_path, config, neuron_config)
         self.config = self.decoder.config
         self.source_mask = None
 
