@@ -10,7 +10,9 @@ Two replicates of the baseline (summation and nudge) show how clean BF16 runs sc
 
 The table has one line per model, dtype and number of ranks. `share` is the part of the reference's sites that is
 matched, `fits` the same without those that are skipped because the target has no such thing. Experts that are modules
-of their own are compared by token with the target's fused ones. `flips` counts tokens, over all layers, that a router sends to other experts than in FP32: the baseline's,
+of their own are compared by token with the target's fused ones.
+`flips` counts tokens, over all layers, that a router sends to other experts than in FP32: the
+baseline's,
 then the target's; one flip can outweigh all rounding. `wrong` counts pairs whose relative L2 is above 1e-3
 in FP32 (a BF16 run is held against the FP32 run on as many ranks: a pair that is wrong there, or not there, is wrong).
 """
@@ -44,6 +46,8 @@ BATCH = 6
 TOLERANCE = 1e-5
 WRONG = 1e-3
 MATCHED = 0.95
+#: Least part of all sites: gpt_oss has four that no port returns.
+SHARED = 0.9
 REPLICATES = ("summation", "nudge")
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -281,7 +285,7 @@ def clean_lines(name: str, folder: Path, seed: int) -> bool:
             )
             _explain(trace, run, summary, wrong)
             good_error = dtype != "float32" or row["worst"] < TOLERANCE
-            right &= share >= MATCHED and not wrong and good_error and summary.verdict == "pass"
+            right &= fits >= MATCHED and share >= SHARED and not wrong and good_error and summary.verdict == "pass"
     return right
 
 

@@ -173,12 +173,12 @@ def _reporting(
     if original is None:
         yield
         return
-    signature = inspect.signature(original)
+    signature = None if inspect.isbuiltin(original) else inspect.signature(original)  # torch.sigmoid has none
 
     def method(*args: Any, **kwargs: Any) -> Any:
         before(name)
         found = original(*args, **kwargs)
-        report(signature.bind(*args, **kwargs).arguments, found)
+        report(signature.bind(*args, **kwargs).arguments if signature else {}, found)
         return found
 
     own = owner.__dict__.get(name)
