@@ -10,10 +10,9 @@ Two replicates of the baseline (summation and nudge) show how clean BF16 runs sc
 
 The table has one line per model, dtype and number of ranks. `share` is the part of the reference's sites that is
 matched, `fits` the same without those that are skipped because the target has no such thing. Experts that are modules
-of their own are compared by token with the target's fused ones.
-`flips` counts tokens, over all layers, that a router sends to other experts than in FP32: the
-baseline's,
-then the target's; one flip can outweigh all rounding. `wrong` counts pairs whose relative L2 is above 1e-3
+of their own are compared by token with the target's fused ones. `flips` counts tokens, over all layers, that a router
+sends to other experts than in FP32: the baseline's, then the target's; one flip can outweigh all rounding. `wrong`
+counts pairs whose relative L2 is above 1e-3
 in FP32 (a BF16 run is held against the FP32 run on as many ranks: a pair that is wrong there, or not there, is wrong).
 """
 
