@@ -76,13 +76,14 @@ class PendingTensor:
         self.memo: Any = None
         self._tensor: torch.Tensor | None = None
         self._version = version_of(tensor)
+        self._counted = tensor if self._version is None or tensor._base is None else tensor._base
         self._storage = storage_of(tensor)
         self._uses = 0
         self._lock = threading.Lock()
         self._guard = guard
 
     def use(self, tensor: torch.Tensor) -> PendingTensor:
-        """Announce one more `put` of the same, unchanged tensor."""
+        """Announce one more `put` of the same, unchanged tensor; given is an alias that nobody else holds."""
         with self._lock:
             if self._tensor is None:
                 self._tensor = tensor
@@ -113,7 +114,8 @@ class PendingTensor:
                     self._guard.unwatch(self._storage, self)
 
     def _check_unchanged(self, tensor: torch.Tensor) -> None:
-        if version_of(tensor) != self._version:
+        # A tensor that was given other memory (`cache.data = updated`) goes on counting for its former views.
+        if version_of(tensor) != self._version and storage_of(self._counted) == self._storage:
             raise CaptureError(
                 "a captured tensor was overwritten behind torch's dispatcher before it was stored; "
                 "exclude the module that does so, or clone what it returns"
@@ -145,22 +147,23 @@ class WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False
 
     def reference(self, tensor: torch.Tensor) -> PendingTensor:
-        """Reference a tensor; the same unchanged view seen again shortly afterwards gives the same reference.
+        """Reference a tensor for one `put`; the same unchanged view seen again shortly afterwards is one reference.
 
-        A module often returns what its last child returned: recognising that by address costs nothing. The tensors
-        of the last few references are kept alive, so that an address means the same memory.
+        A module often returns what its last child returned: recognising that by address costs nothing. Aliases of the
+        last few tensors are kept, so that an address means the same memory; aliases, because `tensor.data = other`
+        gives a tensor other memory.
         """
         version = version_of(tensor)
         if version is None or tensor.layout is not torch.strided:
-            return PendingTensor(tensor, self)
+            return PendingTensor(tensor, self).use(tensor.detach())
         lazy = (tensor.is_conj(), tensor.is_neg())
         identity = (tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, lazy)
         found = self._recent.get(identity)
         if found is None:
-            found = self._recent[identity] = tensor, PendingTensor(tensor, self)
+            found = self._recent[identity] = tensor.detach(), PendingTensor(tensor, self)
             if len(self._recent) > _RECENT:
                 self._recent.popitem(last=False)
-        return found[1]
+        return found[1].use(found[0])
 
     def forget(self) -> None:
         """Let go of the tensors kept alive to recognise repeated views."""

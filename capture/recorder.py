@@ -161,7 +161,7 @@ class Recorder:
             self.skipped[site_name(key.module, key.port, key.slot)] = str(error)
             return
         if self._writer is not None:
-            self._writer.put(key, self.guard.reference(tensor).use(tensor))
+            self._writer.put(key, self.guard.reference(tensor))
 
 
 @contextmanager

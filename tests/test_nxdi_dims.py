@@ -95,11 +95,11 @@ from tensorsleuth.capture.pending import WriteGuard
 dist.init_process_group("gloo", init_method=f"file://{tempfile.mkdtemp()}/f", rank=0, world_size=1)
 guard, tensor = WriteGuard(), torch.ones(3)
 with guard:
-    waiting = guard.reference(tensor).use(tensor)
+    waiting = guard.reference(tensor)
     dist.all_reduce(tensor)
     assert guard.n_snapshots == 1
     gathered = [torch.zeros(3)]
-    held = guard.reference(gathered[0]).use(gathered[0])
+    held = guard.reference(gathered[0])
     dist.all_gather(gathered, tensor)
     with held.values() as values:
         assert not values.any()

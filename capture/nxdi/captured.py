@@ -127,7 +127,7 @@ class CapturedTensorHook:
             )
             # The application reuses its output buffers: what waits for the disk is a copy.
             values = part.values.detach().clone()
-            self._writer.put(key, self._guard.reference(values).use(values))
+            self._writer.put(key, self._guard.reference(values))
         self._guard.forget()
 
 
