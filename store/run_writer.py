@@ -25,9 +25,10 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from .errors import RunExistsError, StorageError
+from .errors import CaptureError, RunExistsError, StorageError
 from .index import TensorKey
 from .shard_writer import Content, ShardWriter, content_of, shard_name
+from .trace import site_name
 
 #: A shard is closed once it holds this many bytes of tensors.
 SHARD_BYTES = 1 << 30
@@ -199,7 +200,7 @@ class RunWriter:
     def _summarise(self) -> None:
         """Take tensors from the queue, hash and summarise them, and pass them on."""
         while (item := self._next()) is not None:
-            self._attempt(self._pass_on, *item)
+            self._attempt(item[0], self._pass_on, *item)
         self._summarised.put(None)
 
     def _pass_on(self, key: TensorKey, source: ValueSource) -> None:
@@ -211,18 +212,21 @@ class RunWriter:
     def _work(self) -> None:
         """Store what was summarised; after an error let go of the rest."""
         while (item := self._summarised.get()) is not None:
-            self._attempt(self._store, item)
+            self._attempt(item.key, self._store, item)
             with self._condition:
                 self._n_taken -= 1
                 self._condition.notify_all()
         if self._error is None:
-            self._attempt(self._seal)
+            self._attempt(None, self._seal)
         if self._error is not None and self._shard is not None:
             self._shard.abandon()
 
-    def _attempt(self, action: Callable[..., None], *arguments: object) -> None:
+    def _attempt(self, key: TensorKey | None, action: Callable[..., None], *arguments: object) -> None:
         try:
             action(*arguments)
+        except CaptureError as error:
+            site = f"{site_name(key.module, key.port, key.slot, key.call)}: " if key else ""
+            self._fail(CaptureError(f"{site}{error}"))
         except Exception as error:  # noqa: BLE001 (the producer raises it on its next call; silence would block it)
             self._fail(error)
 
