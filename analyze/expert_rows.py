@@ -30,6 +30,7 @@ import numpy.typing as npt
 from .triples import FloatArray, IntArray
 
 Array = npt.NDArray[Any]
+BoolArray = npt.NDArray[np.bool_]
 
 #: Combinations of rows that are tried for one token.
 _COMBINATIONS = 4096
@@ -39,6 +40,8 @@ _WASTE = 1 << 14
 _ELEMENTS = 1 << 22
 #: Scores this close may be ordered otherwise by a softmax in float32.
 _TIE = 1e-6
+#: Share of the norms summed up that a row must have to be proven, in units of what rounding may leave of the sum.
+_WEIGHTY = 8.0
 #: Features per fitted weight from which an equality proves something.
 _EVIDENCE = 4
 
@@ -77,6 +80,7 @@ def find_rows(call: BlockCall) -> TokenRows:
     search = _Search(call)
     search.by_order()
     search.by_values()
+    search.undisputed()
     return TokenRows(search.proven, search.sent)
 
 
@@ -89,7 +93,7 @@ class _Search:
         ranked = np.take_along_axis(call.scores, self._order, axis=1)
         gaps = ranked[:, : call.chosen] - ranked[:, 1 : call.chosen + 1]
         self._near = np.maximum(1.0, np.abs(ranked[:, : call.chosen])) * _TIE
-        self._tied: npt.NDArray[np.bool_] = np.any(gaps <= self._near, axis=1)
+        self._tied: BoolArray = np.any(gaps <= self._near, axis=1)
         self._experts = self._order[:, : call.chosen]
         self.low = np.full(self._experts.shape, -1)
         self.high = np.full(self._experts.shape, -2)
@@ -97,6 +101,8 @@ class _Search:
         self.proven: dict[int, dict[int, int]] = {expert: {} for expert in call.rows}
         self.sent: dict[int, frozenset[int]] = {}
         self._wasted = 0
+        self._light: dict[int, dict[int, int]] = {expert: {} for expert in call.rows}
+        self._disputed: set[int] = set()
         self._open(range(call.scores.shape[1]))
 
     def _open(self, experts: Sequence[int]) -> None:
@@ -145,6 +151,14 @@ class _Search:
                 if 0 < math.prod(map(len, windows)) <= _COMBINATIONS and self._settle(token, experts, windows):
                     break
 
+    def undisputed(self) -> None:
+        """Take rows of small weight where the order says, at experts whose order every other token confirms."""
+        for expert, rows in self._light.items():
+            taken = set(self.proven[expert].values())
+            for token, row in rows.items():
+                if expert not in self._disputed and token not in self.proven[expert] and row not in taken:
+                    self._accept_one(token, expert, row)
+
     def _candidates(self, token: int) -> Iterator[Sequence[int]]:
         """The sets of experts that a token may have been sent to: several where scores tie at the last choice."""
         scores = self._call.scores[token]
@@ -169,9 +183,17 @@ class _Search:
         for start in range(0, len(tokens), size):
             some = tokens[start : start + size]
             stacked = np.stack([self._rows(token, self._experts[token], self.low[token]) for token in some])
-            fits = self._explained(some, stacked)
-            for token in some[fits]:
-                self._accept(int(token), self._experts[token], self.low[token])
+            fits, weighty = self._explained(some, stacked)
+            for token, fit, known in zip(some.tolist(), fits, weighty, strict=True):
+                experts, rows = self._experts[token].tolist(), self.low[token].tolist()
+                if not fit:
+                    self._disputed.update(experts)
+                    continue
+                for expert, row, enough in zip(experts, rows, known, strict=False):
+                    if enough:
+                        self._accept_one(token, expert, row)
+                    else:
+                        self._light[expert][token] = row
 
     def _rows(self, token: int, experts: Sequence[int] | IntArray, rows: Sequence[int] | IntArray) -> FloatArray:
         """`[chosen + beside, H]` of one token."""
@@ -181,17 +203,23 @@ class _Search:
             found = np.concatenate([found, self._call.beside[token].astype(np.float64)])
         return found
 
-    def _explained(self, tokens: IntArray, stacked: FloatArray) -> npt.NDArray[np.bool_]:
-        """Whether rows `[tokens, n, H]` sum up to the outputs for some weights, within rounding."""
+    def _explained(self, tokens: IntArray, stacked: FloatArray) -> tuple[BoolArray, BoolArray]:
+        """Whether rows `[tokens, n, H]` sum up to the outputs for some weights, within rounding.
+
+        Returns:
+            That, `[tokens]`, and which of the rows the output depends on by more than rounding, `[tokens, n]`.
+        """
         n, width = stacked.shape[1:]
         if width < _EVIDENCE * n:
-            return np.zeros(len(tokens), bool)
+            return np.zeros(len(tokens), bool), np.zeros((len(tokens), n), bool)
         output = self._call.output[tokens].astype(np.float64)
         gram = stacked @ stacked.swapaxes(1, 2)
         weights = np.linalg.pinv(gram, rcond=1e-13, hermitian=True) @ (stacked @ output[..., None])
         left = np.linalg.norm(output - (weights * stacked).sum(axis=1), axis=1)
-        scale = (np.abs(weights[..., 0]) * np.linalg.norm(stacked, axis=2)).sum(axis=1)
-        return np.asarray((left <= self._tolerance(n) * scale) & np.isfinite(left) & (scale > 0))
+        parts = np.abs(weights[..., 0]) * np.linalg.norm(stacked, axis=2)
+        allowed = self._tolerance(n) * parts.sum(axis=1)
+        fits = (left <= allowed) & np.isfinite(left) & (allowed > 0)
+        return np.asarray(fits), np.asarray(parts > _WEIGHTY * allowed[:, None])
 
     def _tolerance(self, n: int) -> float:
         """What rounding leaves of a sum of n products relative to the sum of their norms: n + 1 random roundings."""
@@ -205,6 +233,7 @@ class _Search:
         values = [self._call.rows[int(e)][list(w)].astype(np.float64) for e, w in zip(experts, windows, strict=True)]
         ways = np.indices([len(window) for window in windows]).reshape(len(windows), -1)
         fitting: list[IntArray] = []
+        known = np.ones(len(windows), bool)
         size = max(1, _ELEMENTS // (self._call.output.shape[1] * len(windows)))
         for start in range(0, ways.shape[1], size):
             some = ways[:, start : start + size]
@@ -212,13 +241,16 @@ class _Search:
             if self._call.beside is not None:
                 beside = self._call.beside[token].astype(np.float64)
                 stacked = np.concatenate([stacked, np.broadcast_to(beside, (len(stacked), *beside.shape))], axis=1)
-            fits = self._explained(np.full(len(stacked), token), stacked)
+            fits, weighty = self._explained(np.full(len(stacked), token), stacked)
             fitting.extend(some[:, fits].T)
+            known &= weighty[fits, : len(windows)].all(axis=0)
         if not fitting:
             self._wasted += ways.shape[1]
         for place, expert in enumerate(np.asarray(experts).tolist()):
             rows = sorted({int(windows[place][way[place]]) for way in fitting})
-            if len(rows) == 1:
+            if len(rows) == 1 and len(windows[place]) == 1 and not known[place]:
+                self._light[expert].setdefault(token, rows[0])
+            elif len(rows) == 1:
                 self._accept_one(token, expert, rows[0])
                 self._narrow(token, expert, rows[0])
             elif rows and self._alike(expert, rows):
@@ -229,10 +261,6 @@ class _Search:
         values = self._call.rows[expert][list(rows)].astype(np.float64)
         apart = np.linalg.norm(values - values[0], axis=1).max()
         return bool(apart <= 4 * self._call.rounding * np.linalg.norm(values[0]))
-
-    def _accept(self, token: int, experts: IntArray, rows: IntArray) -> None:
-        for expert, row in zip(experts.tolist(), rows.tolist(), strict=True):
-            self._accept_one(token, expert, row)
 
     def _accept_one(self, token: int, expert: int, row: int) -> None:
         self.proven[expert][token] = row

@@ -104,12 +104,13 @@ def r_verdict(r_ratio: float, limit: float, q_value: float, r_low: float = float
     Args:
         r_ratio: R over the tokens that count.
         limit: largest R of a clean site.
-        q_value: false-discovery rate at which the site would be called divergent; NaN (a single token) is no excuse.
+        q_value: false-discovery rate at which the site would be called divergent; NaN when nothing tells it, for
+            example at a single token.
         r_low: lower end of the 95 % interval of R over the tokens that count; NaN where there is none.
     """
     if r_ratio < limit:
         return PASS
-    return UNDECIDED if q_value > ALPHA and not r_low > max(limit, CEILING) else FAIL
+    return FAIL if q_value <= ALPHA or r_low > max(limit, CEILING) else UNDECIDED
 
 
 def flips_verdict(p_value: float, q_value: float) -> str:

@@ -16,6 +16,11 @@ from .routing import BoolArray
 
 #: With fewer tokens left, all of them count.
 MIN_LEFT = 4
+#: With fewer tokens, all of them can lie on the same side of the truth more often than 5 times in 100: resampling them
+#: does not tell how far off they are.
+FEW_TOKENS = 5
+#: R of so few tokens may be too large by this factor.
+FEW_MARGIN = 2.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class Evidence:
 
     Attributes:
         r: R over the tokens that count.
-        r_low: lower end of its 95 % interval, where R is beyond its limit; else NaN.
+        r_low: lower end of its 95 % interval, where R is beyond its limit, with a margin when there are few tokens;
+            else NaN.
         n_rerouted: tokens that do not.
         p_value: chance that a site whose R is at the limit shows this one, see `exchange.exchange_p_value`.
         spread: standard error of log R, from the spread over tokens (delta method).
@@ -88,8 +94,15 @@ def evidence(parts: Sequence[Tokens], limit: float, replicates: AtSite | None) -
     spread = 0.5 * float(np.sqrt((shares * shares).sum()))
     of_replicates = [] if replicates is None else [_log_r(parts, replicates, n) for n in range(len(replicates.errors))]
     p_value = exchange_p_value([rows * np.array([1.0, limit**2, 1.0]) for rows in kept])
-    r_low = interval_over_prompts(kept)[0] if r > limit else _NONE
+    r_low = _surely(r, kept) if r > limit else _NONE
     return Evidence(r, r_low, n_rerouted, p_value, spread, tuple(of_replicates))
+
+
+def _surely(r: float, kept: Sequence[FloatArray]) -> float:
+    """What R is at least."""
+    n_tokens = sum(map(len, kept))
+    low = r if n_tokens == 1 else interval_over_prompts(kept)[0]
+    return low / FEW_MARGIN if n_tokens < FEW_TOKENS else low
 
 
 def _log_r(parts: Sequence[Tokens], replicates: AtSite, number: int) -> float:
