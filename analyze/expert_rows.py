@@ -3,7 +3,7 @@
 An expert that is a module of its own is given the tokens that a router sent there, as rows whose order nobody
 recorded. Two things are known: the router's scores, hence the experts of every token, and the sum that the block
 makes of its experts' rows. Implementations list a token's rows by the rank of the expert among the token's choices,
-then by token; that is where the search starts, and the sums decide:
+then by token, some by token alone; that is where the search starts, and the sums decide:
 
     output[t] = sum_j w[t, j] * rows[expert(t, j)][row(t, j)]     within rounding, for some weights w[t, j]
 
@@ -74,10 +74,24 @@ class TokenRows:
     row: Mapping[int, Mapping[int, int]]
     sent: Mapping[int, frozenset[int]]
 
+    @property
+    def n_proven(self) -> int:
+        """Rows whose token is known."""
+        return sum(map(len, self.row.values()))
+
 
 def find_rows(call: BlockCall) -> TokenRows:
     """Assign rows to tokens; a token whose output its experts' rows do not explain is left out."""
-    search = _Search(call)
+    by_choice = _searched(call, by_choice=True)
+    n_rows = sum(map(len, call.rows.values()))
+    if 2 * by_choice.n_proven >= n_rows:
+        return by_choice
+    by_token = _searched(call, by_choice=False)
+    return by_token if by_token.n_proven > by_choice.n_proven else by_choice
+
+
+def _searched(call: BlockCall, *, by_choice: bool) -> TokenRows:
+    search = _Search(call, by_choice=by_choice)
     search.by_order()
     search.by_values()
     search.undisputed()
@@ -87,8 +101,8 @@ def find_rows(call: BlockCall) -> TokenRows:
 class _Search:
     """State of the search: a window of rows per token and choice, closed where low equals high."""
 
-    def __init__(self, call: BlockCall) -> None:
-        self._call = call
+    def __init__(self, call: BlockCall, *, by_choice: bool) -> None:
+        self._call, self._by_choice = call, by_choice
         self._order = np.argsort(-call.scores, axis=1, kind="stable")
         ranked = np.take_along_axis(call.scores, self._order, axis=1)
         gaps = ranked[:, : call.chosen] - ranked[:, 1 : call.chosen + 1]
@@ -109,7 +123,7 @@ class _Search:
         """List every expert's tokens in the expected order, with a window for each."""
         for expert in experts:
             tokens, choices = np.nonzero(np.equal(self._experts, expert) & ~self._tied[:, None])
-            order = np.lexsort((tokens, choices))
+            order = np.lexsort((tokens, choices) if self._by_choice else (choices, tokens))
             listed = np.stack([tokens[order], choices[order]], axis=1)
             surplus = len(self._call.rows.get(expert, ())) - len(listed)
             self.sent[expert] = frozenset(tokens.tolist())
@@ -248,8 +262,9 @@ class _Search:
             self._wasted += ways.shape[1]
         for place, expert in enumerate(np.asarray(experts).tolist()):
             rows = sorted({int(windows[place][way[place]]) for way in fitting})
-            if len(rows) == 1 and len(windows[place]) == 1 and not known[place]:
-                self._light[expert].setdefault(token, rows[0])
+            if len(rows) == 1 and not known[place]:
+                if len(windows[place]) == 1:
+                    self._light[expert].setdefault(token, rows[0])
             elif len(rows) == 1:
                 self._accept_one(token, expert, rows[0])
                 self._narrow(token, expert, rows[0])
