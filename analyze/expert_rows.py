@@ -42,6 +42,8 @@ _ELEMENTS = 1 << 22
 _TIE = 1e-6
 #: Share of the norms summed up that a row must have to be proven, in units of what rounding may leave of the sum.
 _WEIGHTY = 8.0
+#: Row of a token for which the values leave several.
+_NOWHERE = -1
 #: Features per fitted weight from which an equality proves something.
 _EVIDENCE = 4
 
@@ -69,7 +71,10 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """By expert: the row of every token for which it is proven, and the tokens that the router surely sent there."""
+    """By expert: the row of every token for which it is proven, and the tokens that the router surely sent there.
+
+    Tokens of which the expert's row is unknown and hardly counts are in neither.
+    """
 
     row: Mapping[int, Mapping[int, int]]
     sent: Mapping[int, frozenset[int]]
@@ -166,12 +171,19 @@ class _Search:
                     break
 
     def undisputed(self) -> None:
-        """Take rows of small weight where the order says, at experts whose order every other token confirms."""
+        """Take rows of small weight where the order says, at experts whose order every other token confirms.
+
+        Those that remain are not missed: what the block makes of them is within its rounding.
+        """
         for expert, rows in self._light.items():
-            taken = set(self.proven[expert].values())
+            taken = {_NOWHERE, *self.proven[expert].values()}
             for token, row in rows.items():
-                if expert not in self._disputed and token not in self.proven[expert] and row not in taken:
+                if token in self.proven[expert]:
+                    continue
+                if expert not in self._disputed and row not in taken:
                     self._accept_one(token, expert, row)
+                else:
+                    self.sent[expert] -= {token}
 
     def _candidates(self, token: int) -> Iterator[Sequence[int]]:
         """The sets of experts that a token may have been sent to: several where scores tie at the last choice."""
@@ -262,9 +274,9 @@ class _Search:
             self._wasted += ways.shape[1]
         for place, expert in enumerate(np.asarray(experts).tolist()):
             rows = sorted({int(windows[place][way[place]]) for way in fitting})
-            if len(rows) == 1 and not known[place]:
-                if len(windows[place]) == 1:
-                    self._light[expert].setdefault(token, rows[0])
+            if rows and not known[place]:
+                only = len(rows) == 1 and len(windows[place]) == 1
+                self._light[expert].setdefault(token, rows[0] if only else _NOWHERE)
             elif len(rows) == 1:
                 self._accept_one(token, expert, rows[0])
                 self._narrow(token, expert, rows[0])
