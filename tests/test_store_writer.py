@@ -154,8 +154,8 @@ def test_memory_stays_bounded_while_the_disk_is_slow(trace: Trace, monkeypatch: 
     with writer(trace, queue_bytes=5 * 400) as run:
         for number in range(300):
             run.put(key(number), Counted(np.full(100, number, np.float32)))
-    # 5 waiting within the limit, one beyond it, one being put; one being summarised, two waiting to be stored, one being
-    # stored; one of each thread just done
+    # 5 waiting within the limit, one beyond it, one being put; one being summarised, two waiting, one being stored; one
+    # of each thread just done
     assert most <= 13
 
 

@@ -192,7 +192,7 @@ class NeuronT5CrossAttention(NeuronT5Attention):
 
 
 def written(cache, positions, states):
-    """A cache with states at token positions: (batch, heads, length, head_dim), (batch, n), (batch, heads, n, head_dim)."""
+    """A cache (batch, heads, length, head_dim) with states (batch, heads, n, head_dim) at positions (batch, n)."""
     index = positions.to(torch.int64)[:, None, :, None].expand_as(states)
     return torch.scatter(cache, 2, index, states)
 
@@ -335,7 +335,7 @@ class NeuronT5KVCacheManager(nn.Module):
 
     def keep(self, updated):
         """Take over what a forward pass returned; compiled, outputs overwrite the caches by themselves."""
-        for cache, values in zip(self.past_key_values, updated):
+        for cache, values in zip(self.past_key_values, updated, strict=True):
             cache.copy_(values)
 
 
