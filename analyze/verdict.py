@@ -95,8 +95,13 @@ def settled_verdict(
     return None
 
 
-def r_verdict(r_ratio: float, limit: float, q_value: float, r_low: float = float("nan")) -> str:
+def r_verdict(
+    r_ratio: float, limit: float, q_value: float, r_low: float = float("nan"), *, tolerated: float | None = None
+) -> str:
     """Judge R: above its limit it fails, unless chance could have made it so large; then there are too few tokens.
+
+    Replicates may raise the limit above what is tolerated in any case. In between, R passes unless it is significant
+    even so: that few replicates were captured is no reason to pass it.
 
     A handful of prompts can never be significant among hundreds of sites, since the smallest p-value that they allow
     is 2^-prompts. Where the whole interval of R lies beyond `CEILING`, and beyond the limit, that is no excuse either.
@@ -107,9 +112,12 @@ def r_verdict(r_ratio: float, limit: float, q_value: float, r_low: float = float
         q_value: false-discovery rate at which the site would be called divergent; NaN when nothing tells it, for
             example at a single token.
         r_low: lower end of the 95 % interval of R over the tokens that count; NaN where there is none.
+        tolerated: R up to which a site passes in any case; `limit` when None.
     """
-    if r_ratio < limit:
+    if r_ratio < (limit if tolerated is None else tolerated):
         return PASS
+    if r_ratio < limit:
+        return UNDECIDED if q_value <= ALPHA else PASS
     return FAIL if q_value <= ALPHA or r_low > max(limit, CEILING) else UNDECIDED
 
 

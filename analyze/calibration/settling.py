@@ -82,7 +82,8 @@ def settle(gathered: Gathered, thresholds: Thresholds, calibration: Calibration 
     kinds = gathered.kinds()
     p, q = np.full(len(rows), np.nan), np.full(len(rows), np.nan)
     q_flips = q.copy()
-    limit = np.array([thresholds.limit(kind) for _, kind in kinds] or [np.nan])[rows["kind"]]
+    tolerated = np.array([thresholds.limit(kind) for _, kind in kinds] or [np.nan])[rows["kind"]]
+    limit = tolerated.copy()
     by_r = rows["state"] == _STATES.index(_BY_R)
     for family in (rows["prompt"] < 0, rows["prompt"] >= 0):
         where = np.flatnonzero(family & by_r)
@@ -94,7 +95,8 @@ def settle(gathered: Gathered, thresholds: Thresholds, calibration: Calibration 
     p[by_flips], q[by_flips] = rows["p_flips"][by_flips], q_flips[by_flips]
     limit[~by_r] = np.nan
     verdicts = [
-        _verdict(_STATES[row["state"]], row, float(limit[n]), float(q[n]), q_flips[n]) for n, row in enumerate(rows)
+        _verdict(_STATES[row["state"]], row, (float(tolerated[n]), float(limit[n])), float(q[n]), q_flips[n])
+        for n, row in enumerate(rows)
     ]
     overall = [verdict for verdict, prompt in zip(verdicts, rows["prompt"], strict=True) if prompt < 0]
     columns = {"p_value": p, "q_value": q, "r_judged": rows["r"], "r_limit": limit}
@@ -109,7 +111,7 @@ def _notes(rows: npt.NDArray[Any]) -> list[str]:
     return [f"experts differ at some tokens: up to {most} of them are left out of the verdicts of {sites} measurements"]
 
 
-def _verdict(state: str, row: npt.NDArray[Any], limit: float, q: float, q_flips: float) -> str:
+def _verdict(state: str, row: npt.NDArray[Any], limits: tuple[float, float], q: float, q_flips: float) -> str:
     p_flips = float(row["p_flips"])
     if state == _BY_FLIPS:
         return flips_verdict(p_flips, q_flips)
@@ -117,7 +119,8 @@ def _verdict(state: str, row: npt.NDArray[Any], limit: float, q: float, q_flips:
         return state
     if flips_verdict(p_flips, q_flips) == FAIL:
         return FAIL
-    return r_verdict(float(row["r"]), limit, q, float(row["r_low"]))
+    tolerated, limit = limits
+    return r_verdict(float(row["r"]), limit, q, float(row["r_low"]), tolerated=tolerated)
 
 
 def _p_values(
