@@ -174,11 +174,12 @@ AFTER_LAYER = (LAYER, f"model.layers.{ONE_LAYER + 1}.input_layernorm")
 MOE = ("model.layers.*.block_sparse_moe", "model.layers.*.mlp.experts", "model.layers.*.mlp.router")
 AROUND_MOE = (
     "model.layers.{}.block_sparse_moe",
-    "model.layers.{}.block_sparse_moe.experts*",
     "model.layers.{}.mlp",
     "model.layers.{}.mlp.experts",
     "model.layers.{}.mlp.router",
 )
+#: Where a bug within experts shows first: those that are modules of their own among them.
+AROUND_EXPERTS = (*AROUND_MOE, "model.layers.{}.block_sparse_moe.experts*")
 
 BLOCK_FAULTS = (
     Fault(
@@ -217,7 +218,7 @@ BLOCK_FAULTS = (
         "gate up swapped",
         MOE,
         _gate_up("w1", "w3"),
-        AROUND_MOE,
+        AROUND_EXPERTS,
         needs="split_experts",
     ),
     Fault(
@@ -226,7 +227,7 @@ BLOCK_FAULTS = (
         "expert layout",
         MOE,
         _gpt_oss_experts(interleaved=False),
-        AROUND_MOE,
+        AROUND_EXPERTS,
         needs="fused_experts",
     ),
     Fault(
@@ -235,7 +236,7 @@ BLOCK_FAULTS = (
         "activation",
         MOE,
         _gpt_oss_experts(alpha=1.0),
-        AROUND_MOE,
+        AROUND_EXPERTS,
         needs="fused_experts",
     ),
     Fault(
@@ -244,7 +245,7 @@ BLOCK_FAULTS = (
         "activation",
         MOE,
         _gpt_oss_experts(offset=0.0),
-        AROUND_MOE,
+        AROUND_EXPERTS,
         needs="fused_experts",
     ),
     Fault(
@@ -253,7 +254,7 @@ BLOCK_FAULTS = (
         "expert bias",
         MOE,
         _expert_bias,
-        AROUND_MOE,
+        AROUND_EXPERTS,
         needs="fused_experts",
     ),
     Fault(
@@ -304,7 +305,7 @@ BLOCK_FAULTS = (
         "expert order",
         MOE,
         _expert_order,
-        AROUND_MOE,
+        AROUND_EXPERTS,
         needs="moe",
     ),
     Fault(

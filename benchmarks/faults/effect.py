@@ -132,7 +132,7 @@ class Truth:
         size: its effect at the first own site where it is visible, else the largest at any own site.
         phase: `prefill` or `decode`: where it is visible first.
         phases: those that may be named: this one, and an earlier one where it acts somewhat below the noise.
-        origins: module paths that name its place.
+        origins: module paths that name its place, globs among them.
         largest: the largest effect at any site.
         early: effect before its own first site; something else than the bug differs when this is not 0.
     """

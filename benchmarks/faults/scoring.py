@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from .bench import Report
 from .causes import accepted, class_of_size, published_class
@@ -102,12 +103,17 @@ class CleanOutcome:
     folder: str
 
 
+def is_origin(module: str, expected: Truth) -> bool:
+    """Whether a module is one of those that name a bug's place; `expected` may hold globs."""
+    return any(fnmatchcase(module, origin) for origin in expected.origins)
+
+
 def judge(architecture: str, fault: Fault, severity: Severity, expected: Truth, report: Report) -> Outcome:
     """Hold a report against what was planted."""
     right = [
         number
         for number, suspect in enumerate(report.suspects, 1)
-        if suspect.module in expected.origins and suspect.phase in expected.phases
+        if is_origin(suspect.module, expected) and suspect.phase in expected.phases
     ]
     cause = fault.cause_of(severity)
     first = report.suspects[0] if report.suspects else None
@@ -131,7 +137,9 @@ def judge(architecture: str, fault: Fault, severity: Severity, expected: Truth, 
         cause_right=finding is not None and accepted(cause, finding.cause),
         published_detected=any(exceeds(row[2]) for row in report.measured),
         published_primary=f"{primary[0]} ({primary[1]})" if primary else "",
-        published_origin_right=primary is not None and primary[0] in expected.origins and primary[1] in expected.phases,
+        published_origin_right=primary is not None
+        and is_origin(primary[0], expected)
+        and primary[1] in expected.phases,
         published_class_right=primary is not None and class_of_size(primary[2]) == published_class(cause),
         errors=report.errors,
         seconds=report.seconds,
