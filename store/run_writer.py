@@ -118,7 +118,9 @@ class RunWriter:
         self._shard_bytes, self._queue_bytes = shard_bytes, queue_bytes
         self._lock_fd = lock_rank(folder, run, rank)
         self._queue: deque[tuple[TensorKey, ValueSource]] = deque()
-        self._condition = threading.Condition()
+        lock = threading.Lock()
+        self._condition = threading.Condition(lock)  # something to take, or room to put
+        self._idle = threading.Condition(lock)  # nothing left to store; apart, so as not to wake up for each tensor
         self._waiting_bytes = 0
         self._turn_bytes = min(TURN_BYTES, queue_bytes) if take_turns else 0
         self._draining = False
@@ -170,7 +172,7 @@ class RunWriter:
         self._draining = True
         self._condition.notify_all()
         while wait and (self._queue or self._n_taken) and self._error is None:
-            self._condition.wait()
+            self._idle.wait()
         self._raise_error()
 
     def close(self) -> None:
@@ -215,7 +217,8 @@ class RunWriter:
             self._attempt(item.key, self._store, item)
             with self._condition:
                 self._n_taken -= 1
-                self._condition.notify_all()
+                if not self._n_taken and not self._queue:
+                    self._idle.notify_all()
         if self._error is None:
             self._attempt(None, self._seal)
         if self._error is not None and self._shard is not None:
@@ -239,6 +242,7 @@ class RunWriter:
             self._queue.clear()
             self._waiting_bytes = 0
             self._condition.notify_all()
+            self._idle.notify_all()
 
     def _next(self) -> tuple[TensorKey, ValueSource] | None:
         with self._condition:
