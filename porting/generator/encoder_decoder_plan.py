@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...store.errors import InputError
-from ..spec.architecture import Attention, Layer, Norm, Term
+from ..spec.architecture import Attention, Layer, Norm
 from ..spec.document import numbers_in
 from ..spec.encoder_decoder_facts import EncoderDecoder, Stack
 from .feed_forward_plan import block_plan
-from .layer_plan import sum_text
+from .layer_plan import LayerValues
 from .norm_plan import norm_constructor, plan_of_norms
 
 _HIDDEN = "config.hidden_size"
@@ -144,15 +144,11 @@ def _stack(stack: Stack, stem: str) -> dict[str, Any]:
 
 def _forward(stack: Stack, names: dict[str, str]) -> Iterator[str]:
     """Statements that compute a layer, one per module and one per sum."""
-    values = {"hidden_states": "hidden_states"}
-    sums: dict[tuple[Term, ...], str] = {}
+    values = LayerValues()
     for node in stack.layer.nodes:
-        if len(node.terms) > 1 and node.terms not in sums:
-            name = "residual" if not sums else f"residual_{len(sums) + 1}"
-            yield f"{name} = {sum_text(node.terms, values, sums)}"
-            sums[node.terms] = name
-        given, module = sum_text(node.terms, values, sums), names[node.name]
-        values[node.name] = f"after_{module}"
+        yield from values.named_sum(node.terms)
+        given, module = values.text(node.terms), names[node.name]
+        values.names[node.name] = f"after_{module}"
         if node.role == "cross_attention":
             yield f"after_{module} = self.{module}({given}, source_mask, *cross_cache)"
         elif node.role == "attention" and stack.cross is not None:
@@ -161,7 +157,7 @@ def _forward(stack: Stack, names: dict[str, str]) -> Iterator[str]:
             yield f"after_{module} = self.{module}({given}, mask, bias)"
         else:
             yield f"after_{module} = self.{module}({given})"
-    yield f"hidden_states = {sum_text(stack.layer.output, values, sums)}"
+    yield f"hidden_states = {values.text(stack.layer.output)}"
 
 
 def _outer(spec: EncoderDecoder, name: str, stack: Stack) -> Iterator[tuple[str, str]]:

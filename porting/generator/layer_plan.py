@@ -33,14 +33,10 @@ def layer_plan(spec: Architecture, stem: str, attention: dict[str, Any], block: 
 
 def _forward(spec: Architecture, block: dict[str, Any]) -> Iterator[str]:
     """Statements that compute a layer, one per module and one per sum."""
-    names = {"hidden_states": "hidden_states"}
-    sums: dict[tuple[Term, ...], str] = {}
+    values = LayerValues()
     for node in spec.layer.nodes:
-        if len(node.terms) > 1 and node.terms not in sums:
-            name = "residual" if not sums else f"residual_{len(sums) + 1}"
-            yield f"{name} = {sum_text(node.terms, names, sums)}"
-            sums[node.terms] = name
-        given = sum_text(node.terms, names, sums)
+        yield from values.named_sum(node.terms)
+        given = values.text(node.terms)
         if node.role == "attention":
             yield f"attention = self.{node.name}("
             yield f"    {given},"
@@ -48,30 +44,49 @@ def _forward(spec: Architecture, block: dict[str, Any]) -> Iterator[str]:
                 yield f"    {argument}={argument},"
             yield "    **kwargs,"
             yield ")"
-            names[node.name] = "attention.hidden_states"
+            values.names[node.name] = "attention.hidden_states"
             continue
-        names[node.name] = f"after_{node.name}"
+        values.names[node.name] = f"after_{node.name}"
         called = block["name"] if node.role == "feed_forward" else node.name
         extra, first = (block["extra"], block["first"]) if node.role == "feed_forward" else ("", "")
-        yield f"{names[node.name]} = self.{called}({given}{extra}){first}"
-    yield f"hidden_states = {sum_text(spec.layer.output, names, sums)}"
+        yield f"{values.names[node.name]} = self.{called}({given}{extra}){first}"
+    yield f"hidden_states = {values.text(spec.layer.output)}"
 
 
-def sum_text(terms: tuple[Term, ...], names: dict[str, str], sums: dict[tuple[Term, ...], str]) -> str:
-    """A sum as an expression: `names` of the nodes' outputs, and names of `sums` that were computed before."""
-    if terms in sums:
-        return sums[terms]
-    parts = []
-    rest = list(terms)
-    for known in sorted(sums, key=len, reverse=True):
-        if all(term in rest for term in known):
-            rest = [term for term in rest if term not in known]
-            parts.append(sums[known])
-            break
-    for term in rest:
-        text = names[term.node]
-        parts.append(text if term.factor is None else f"{text} * self.{_attribute(term.factor)}")
-    return " + ".join(parts)
+class LayerValues:
+    """What a layer's statements have computed so far.
+
+    Attributes:
+        names: expression of the output of every node.
+    """
+
+    def __init__(self) -> None:
+        """The layer's input is all there is."""
+        self.names = {"hidden_states": "hidden_states"}
+        self._sums: dict[tuple[Term, ...], str] = {}
+
+    def named_sum(self, terms: tuple[Term, ...]) -> Iterator[str]:
+        """The statement that gives a sum a name; none where it has one, or is no sum."""
+        if len(terms) > 1 and terms not in self._sums:
+            name = "residual" if not self._sums else f"residual_{len(self._sums) + 1}"
+            yield f"{name} = {self.text(terms)}"
+            self._sums[terms] = name
+
+    def text(self, terms: tuple[Term, ...]) -> str:
+        """A sum as an expression."""
+        if terms in self._sums:
+            return self._sums[terms]
+        parts = []
+        rest = list(terms)
+        for known in sorted(self._sums, key=len, reverse=True):
+            if all(term in rest for term in known):
+                rest = [term for term in rest if term not in known]
+                parts.append(self._sums[known])
+                break
+        for term in rest:
+            name = self.names[term.node]
+            parts.append(name if term.factor is None else f"{name} * self.{_attribute(term.factor)}")
+        return " + ".join(parts)
 
 
 def _attribute(number: Number) -> str:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 
 from ...store.errors import InputError
-from .architecture import Layer, NamedNorm, Node, Number, Term
+from .architecture import Number
 from .evaluation import evaluate
 from .expressions import Expressions
 from .feed_forward import is_linear
+from .layer_wiring import LayerWiring, Step
 from .mixture import is_mixture
-from .norms import analyse_norm, is_norm
+from .norms import is_norm
 from .observation import Call, Observation, source_line
 from .sources import Sources
-from .wiring import Summand, explain
 
 Case = TypeVar("Case")
 Value = TypeVar("Value", bound=Hashable)
-INPUT = "hidden_states"
 #: Expressions of which layers are special; `layer_idx` counts from 0.
 _CONDITIONS = (
     'config.layer_types[layer_idx] == "full_attention"',
@@ -58,7 +57,7 @@ def _has_children(module: torch.nn.Module) -> bool:
     return any(list(child.children()) for child in module.children())
 
 
-class LayerAnalysis:
+class LayerAnalysis(LayerWiring):
     """Explains how the modules of one layer feed each other."""
 
     def __init__(self, seen: Observation, path: str, numbers: Expressions, sources: Sources) -> None:
@@ -70,8 +69,7 @@ class LayerAnalysis:
             numbers: expressions over the configuration.
             sources: receives where fields come from.
         """
-        self._seen, self._path, self._numbers, self._sources = seen, path, numbers, sources
-        self._module = seen.model.get_submodule(path)
+        super().__init__(seen, path, numbers, sources)
         self.attention = self._attention_path()
         self.calls = [c for c in seen.children(path) if not _is_identity(c)]
         self.loose = [c for c in self.calls if is_linear(c.module) or _is_activation(c)]
@@ -102,57 +100,15 @@ class LayerAnalysis:
         """Whether the feed-forward block is a mixture of experts."""
         return is_mixture(self._seen.model.get_submodule(self.feed_forward()[0])) and not self.loose
 
-    def run(self) -> Layer:
-        """Explain the layer.
-
-        Raises:
-            InputError: a module is given something that is no sum of what was computed before.
-        """
-        whole = self._seen.call(self._path)
-        known: dict[str, torch.Tensor] = {INPUT: whole.input}
-        nodes: list[Node] = []
-        norms: list[NamedNorm] = []
+    def _steps(self) -> Iterator[Step]:
         for call in self.calls:
             name = call.path.rpartition(".")[2]
             role = "norm" if is_norm(call.module) else "attention" if self.attention.startswith(call.path) else ""
-            if not role and call in self.loose:
-                if call is not self.loose[0]:
-                    known[_LOOSE] = call.output
-                    continue
-                name, role = _LOOSE, "feed_forward"
-            line = source_line(self._module, f"self.{call.path.rpartition('.')[2]}(")
-            terms = self._terms(call.input, known, name, line)
-            nodes.append(Node(name, role or "feed_forward", terms, line))
-            self._sources.add(f"layer.nodes.{name}", line)
-            if role == "norm":
-                field = f"layer.norms.{name}"
-                shape = (call.input.shape[-1],)
-                norm = analyse_norm(call.module, shape, self._numbers, self._sources, field, call.path)
-                norms.append(NamedNorm(name, norm))
-            known[name] = call.output
-        output = self._terms(whole.output, known, "its output", source_line(self._module, "return"))
-        self._sources.measured("layer.output", "the sum whose value is the layer's output")
-        return Layer(type(self._module).__name__, self._path, tuple(norms), tuple(nodes), output)
-
-    def _terms(self, tensor: torch.Tensor, known: Mapping[str, torch.Tensor], name: str, line: str) -> tuple[Term, ...]:
-        sized = {key: value for key, value in known.items() if value.numel() == tensor.numel()}
-        summands = explain(tensor, sized)
-        if summands is None:
-            kind = type(self._module).__name__
-            raise InputError(f"unsupported: {name} of {kind} at {self._path} ({line}) is no sum of earlier outputs")
-        return tuple(self._term(summand, name, line) for summand in summands)
-
-    def _term(self, summand: Summand, name: str, line: str) -> Term:
-        if summand.factor == 1.0:
-            return Term(summand.name)
-        factor = self._numbers.find(summand.factor, ("config.residual_multiplier",))
-        if factor is None:
-            raise InputError(
-                f"unsupported: {name} of {self._path} ({line}) contains {summand.factor:.6g} times {summand.name}, "
-                "a factor that no configuration key gives"
-            )
-        self._sources.number(f"layer.nodes.{name}.factor", factor, line)
-        return Term(summand.name, factor)
+            line = source_line(self._module, f"self.{name}(")
+            if role or call not in self.loose:
+                yield Step(call, name, role or "feed_forward", line)
+            else:
+                yield Step(call, _LOOSE, "feed_forward", line, goes_on=call is not self.loose[0])
 
 
 #: Name of the feed-forward block of a layer whose projections are its own.

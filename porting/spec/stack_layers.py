@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...store.errors import InputError
-from .architecture import Attention, FeedForward, Layer, NamedNorm, Node
+from .architecture import Attention, FeedForward, Layer
 from .expressions import Expressions
 from .feed_forward import analyse_feed_forward, is_linear
 from .feed_forward import claims as feed_forward_claims
-from .layers import INPUT, LayerAnalysis
-from .norms import analyse_norm, is_norm
+from .layer_wiring import LayerWiring, Step
+from .norms import is_norm
 from .observation import Call, Observation, source_line
 from .sources import Sources
 from .stack_attention import StackAttentionAnalysis
@@ -36,7 +36,7 @@ class LayerParts:
         return layer.nodes, layer.output, layer.norms, self.attention, self.cross, self.feed_forward
 
 
-class StackLayerAnalysis(LayerAnalysis):
+class StackLayerAnalysis(LayerWiring):
     """Explains how the modules of one layer feed each other, however deep inside the layer they are."""
 
     def __init__(
@@ -54,8 +54,7 @@ class StackLayerAnalysis(LayerAnalysis):
         Raises:
             InputError: it has not one self-attention, at most one cross-attention, and one feed-forward block.
         """
-        self._seen, self._path, self._numbers, self._sources = seen, path, numbers, sources
-        self._module = seen.model.get_submodule(path)
+        super().__init__(seen, path, numbers, sources)
         self.path = path
         self.units = list(self._find_units())
         attentions = {
@@ -107,6 +106,8 @@ class StackLayerAnalysis(LayerAnalysis):
             InputError: a step is none that is understood.
         """
         layer = self.run()
+        norms = [call.path for call in self.units if is_norm(call.module)]
+        self.claims |= {f"{path}.{kind}" for path in norms for kind in ("weight", "bias")}
         cross = None
         if self._looking is not None:
             if memory is None or not same(self._looking.memory, memory):
@@ -133,28 +134,8 @@ class StackLayerAnalysis(LayerAnalysis):
             return "norm"
         return {self.attention: "attention", self.cross: "cross_attention"}.get(call.path, "feed_forward")
 
-    def run(self) -> Layer:
-        """Explain the wiring.
-
-        Raises:
-            InputError: a module is given something that is no sum of what was computed before.
-        """
-        whole = self._seen.call(self._path)
-        known: dict[str, torch.Tensor] = {INPUT: whole.input}
-        nodes: list[Node] = []
-        norms: list[NamedNorm] = []
+    def _steps(self) -> Iterator[Step]:
         for call in self.units:
-            name, role = self._local(call.path), self._role(call)
-            outer = self._seen.model.get_submodule(call.path.rpartition(".")[0])
-            line = source_line(outer, f"self.{call.path.rpartition('.')[2]}(")
-            nodes.append(Node(name, role, self._terms(call.input, known, name, line), line))
-            if role == "norm":
-                field, shape = f"layer.norms.{name}", (call.input.shape[-1],)
-                norm = analyse_norm(call.module, shape, self._numbers, self._sources, field, call.path)
-                norms.append(NamedNorm(name, norm))
-                self.claims |= {f"{call.path}.{kind}" for kind in ("weight", "bias")}
-            self._sources.add(f"layer.nodes.{name}", line)
-            known[name] = call.output
-        output = self._terms(whole.output, known, "its output", source_line(self._module, "return"))
-        self._sources.measured("layer.output", "the sum whose value is the layer's output")
-        return Layer(type(self._module).__name__, self._path, tuple(norms), tuple(nodes), output)
+            outer, _, name = call.path.rpartition(".")
+            line = source_line(self._seen.model.get_submodule(outer), f"self.{name}(")
+            yield Step(call, self._local(call.path), self._role(call), line)
