@@ -15,7 +15,10 @@ from __future__ import annotations
 import argparse
 import ast
 import codecs
+import contextlib
 import hashlib
+import importlib
+import io
 import json
 import math
 import sys
@@ -100,9 +103,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def documents() -> Iterator[str]:
     """Yield the training texts in a fixed order, as prose paragraphs joined by blank lines."""
-    source = (Path(sysconfig.get_path("stdlib")) / "this.py").read_text(encoding="utf-8")
-    ciphered = ast.literal_eval(ast.parse(source).body[0].value)  # type: ignore[attr-defined]
-    texts = [codecs.decode(ciphered, "rot13")]
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints itself
+        zen = importlib.import_module("this")
+    texts = [codecs.decode(zen.s, "rot13")]
     texts += [text for _, text in sorted(topics.topics.items())]
     texts += list(_docstrings(Path(sysconfig.get_path("stdlib"))))
     seen: set[str] = set()

@@ -89,7 +89,7 @@ def test_the_hooks_own_files_import(trace: Trace, tmp_path: Path, read: Any) -> 
 LLAMA = "neuronx_distributed_inference.models.llama.modeling_llama:NeuronLlamaForCausalLM"
 #: Generates with the real model, through the library's own capture and its own hook, and leaves its files.
 GENERATE = """
-import json, sys, tempfile
+import json, sys
 from pathlib import Path
 import torch
 from tensorsleuth.capture.drive import run_prompts
@@ -99,6 +99,7 @@ from tensorsleuth.capture.nxdi.application import CpuSettings, build_application
 from tensorsleuth.capture.nxdi.captured import library_capture
 from tensorsleuth.capture.nxdi.device_plan import ON_DEVICE_SAMPLING, plan_device_capture
 from tensorsleuth.capture.nxdi.port import activate, load_class, parse_class
+from tensorsleuth.capture.nxdi.rank_process import join_alone
 from tensorsleuth.capture.prompts import EncodedPrompt
 from tensorsleuth.capture.selection import Selection
 
@@ -107,8 +108,7 @@ prompts = [EncodedPrompt(str(i), None, tuple(p), tuple(f)) for i, (p, f) in enum
 activate()
 from neuronx_distributed_inference.utils.tensor_capture_utils import get_tensor_capture_hook
 
-store = f"file://{tempfile.mkdtemp()}/f"
-torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+join_alone()
 port = load_class(parse_class(port))
 settings = CpuSettings(torch.bfloat16, 1, 1, 64, ON_DEVICE_SAMPLING)
 application = build_application(port, build_config(port, port.get_config_cls(), path, settings), path, 0, 1)

@@ -220,7 +220,7 @@ def test_the_librarys_own_capture_agrees_bit_for_bit(recorded: Trace, llama: Pat
 
 #: Compile passes as a device runs them, but for the device: the library's own capture on a CPU, a folder a pass.
 PASSES = """
-import dataclasses, json, sys, tempfile
+import dataclasses, json, sys
 from contextlib import ExitStack
 from pathlib import Path
 import torch
@@ -231,6 +231,7 @@ from tensorsleuth.capture.nxdi.device_plan import ON_DEVICE_SAMPLING, plan_devic
 from tensorsleuth.capture.nxdi.device_run import CompiledPasses, dims_by_name
 from tensorsleuth.capture.nxdi.passes import record_passes
 from tensorsleuth.capture.nxdi.port import activate, load_class, parse_class
+from tensorsleuth.capture.nxdi.rank_process import join_alone
 from tensorsleuth.capture.prompts import EncodedPrompt
 from tensorsleuth.capture.selection import Selection
 from tensorsleuth.store import Trace
@@ -238,8 +239,7 @@ from tensorsleuth.store.run_writer import RunWriter
 
 trace, path, budget = Trace.open(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[4])
 activate()
-store = f"file://{tempfile.mkdtemp()}/f"
-torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+join_alone()
 port = load_class(parse_class(sys.argv[3]))
 settings = CpuSettings(torch.bfloat16, 1, 2, 64, ON_DEVICE_SAMPLING)
 application = build_application(port, build_config(port, port.get_config_cls(), path, settings), path, 0, 1)

@@ -18,12 +18,13 @@ pytestmark = pytest.mark.skipif(
     reason="needs the NxD Inference sources: set NXDI_SRC and NXD_SRC to checkouts of them",
 )
 SCRIPT = """
-import json, sys, tempfile
+import json, sys
 from pathlib import Path
 import torch
 from tensorsleuth.capture.nxdi.application import CpuSettings, build_application, build_config
 from tensorsleuth.capture.nxdi.device_plan import ON_DEVICE_SAMPLING
 from tensorsleuth.capture.nxdi.port import activate, load_class, parse_class
+from tensorsleuth.capture.nxdi.rank_process import join_alone
 
 activate()
 from neuronx_distributed.utils.tensor_capture import enable_tensor_capture, get_available_modules
@@ -34,8 +35,7 @@ try:
     NeuronConfig(tensor_capture_config={"modules_to_capture": ["norm"]})
 except Exception as error:
     found["without_sampling"] = type(error).__name__
-store = f"file://{tempfile.mkdtemp()}/f"
-torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+join_alone()
 path = Path(sys.argv[1])
 port = load_class(parse_class("neuronx_distributed_inference.models.llama.modeling_llama:NeuronLlamaForCausalLM"))
 config = build_config(port, port.get_config_cls(), path, CpuSettings(torch.float32, 1, 1, 64, ON_DEVICE_SAMPLING))
@@ -78,6 +78,7 @@ from tensorsleuth.capture.nxdi.application import CpuSettings, build_application
 from tensorsleuth.capture.nxdi.captured import library_capture
 from tensorsleuth.capture.nxdi.device_plan import ON_DEVICE_SAMPLING, DevicePass
 from tensorsleuth.capture.nxdi.port import activate, load_class, parse_class
+from tensorsleuth.capture.nxdi.rank_process import join_alone
 
 activate()
 from neuronx_distributed.modules.moe.routing import RouterTopK
@@ -88,8 +89,7 @@ from neuronx_distributed_inference.models.model_base import NeuronBaseModel
 from neuronx_distributed_inference.utils import tensor_capture_utils
 
 found = {}
-store = f"file://{tempfile.mkdtemp()}/f"
-torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+join_alone()
 path = Path(sys.argv[1])
 port = load_class(parse_class("neuronx_distributed_inference.models.llama.modeling_llama:NeuronLlamaForCausalLM"))
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -188,28 +191,33 @@ def test_the_table_says_what_a_source_file_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("signature", "call", "problem"),
+    ("function", "positional", "named", "problem"),
     [
-        ("(a, b=1)", "f(1)", None),
-        ("(a, b=1)", "f(1, 2, 3)", "takes 2 positional arguments, is given 3"),
-        ("(a, b=1)", "f(b=1)", "argument 'a' is missing"),
-        ("(a, *, b)", "f(1, b=2)", None),
-        ("(a, *, b)", "f(1, c=2)", "unknown argument 'c'"),
-        ("(a, **rest)", "f(1, c=2)", None),
-        ("(a, b)", "f(*x)", None),
-        ("(a, b, /)", "f(1, b=2)", "unknown argument 'b'"),
+        (lambda a, b=1: None, 1, (), None),
+        (lambda a, b=1: None, 3, (), "takes 2 positional arguments, is given 3"),
+        (lambda a, b=1: None, 0, ("b",), "argument 'a' is missing"),
+        (lambda a, *, b: None, 1, ("b",), None),
+        (lambda a, *, b: None, 1, ("c",), "unknown argument 'c'"),
+        (lambda a, **rest: None, 1, ("c",), None),
+        (lambda a, b, /: None, 1, ("b",), "unknown argument 'b'"),
     ],
 )
-def test_a_call_fits_a_signature_as_python_says(signature: str, call: str, problem: str | None) -> None:
-    node = ast.parse(call, mode="eval").body
+def test_a_call_fits_a_signature_as_python_says(
+    function: Callable[..., None], positional: int, named: tuple[str, ...], problem: str | None
+) -> None:
+    call = ", ".join([*["0"] * positional, *(f"{name}=0" for name in named)])
+    node = ast.parse(f"f({call})", mode="eval").body
     assert isinstance(node, ast.Call)
-    assert of_text(signature, method=False).problem(CallShape.of(node)) == problem
-    function = eval(f"lambda {signature[1:-1]}: None")  # the interpreter is the oracle
-    if problem is None and "*x" not in call:
-        eval(call, {"f": function})
-    elif problem is not None:
-        with pytest.raises(TypeError):
-            eval(call, {"f": function})
+    signature = of_text(str(inspect.signature(function)), method=False)
+    assert signature.problem(CallShape.of(node)) == problem
+    with nullcontext() if problem is None else pytest.raises(TypeError):  # the interpreter is the oracle
+        function(*[0] * positional, **dict.fromkeys(named, 0))
+
+
+def test_a_call_that_unpacks_may_fit_any_signature() -> None:
+    node = ast.parse("f(*x)", mode="eval").body
+    assert isinstance(node, ast.Call)
+    assert of_text("(a, b)", method=False).problem(CallShape.of(node)) is None
 
 
 def test_an_override_may_widen_but_not_narrow() -> None:

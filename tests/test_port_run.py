@@ -300,6 +300,7 @@ from pathlib import Path
 import torch
 from tensorsleuth.capture.nxdi.application import CpuSettings
 from tensorsleuth.capture.nxdi.port import load_class, parse_class
+from tensorsleuth.capture.nxdi.rank_process import join_alone
 from tensorsleuth.porting.running import device_logits, session, validation, worker
 from tensorsleuth.porting.running.validation_config import ValidationConfig
 from tensorsleuth.porting.running.compiler import DirectModelCompiler
@@ -351,8 +352,7 @@ class LoadedOnCpu:
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         else:
-            rendezvous = f"file://{folder / 'rendezvous'}"
-            torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
+            join_alone()
         port_class = load_class(parse_class(port))
         configuration = build_config(port_class, config, model, CpuSettings(torch.bfloat16, 1, 1, 64))
         self.application = build_application(port_class, configuration, model, 0, 1)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -44,3 +47,22 @@ def join_ranks(rendezvous: str, rank: int, size: int) -> None:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
+
+
+def join_alone() -> None:
+    """Make this process the only rank, unless it has a process group already.
+
+    The group is left before the interpreter ends: a thread of gloo that lets go of a Python object later than that
+    takes the whole process down with it (`terminate called without an active exception`).
+    """
+    if torch.distributed.is_initialized():
+        return
+    folder = tempfile.mkdtemp(prefix="sleuth-rendezvous-")
+    atexit.register(_leave, folder)
+    join_ranks(str(Path(folder) / "rendezvous"), 0, 1)
+
+
+def _leave(folder: str) -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    shutil.rmtree(folder, ignore_errors=True)

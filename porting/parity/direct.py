@@ -5,7 +5,6 @@ The gate says where a port diverges; this says in a second or two whether it doe
 
 from __future__ import annotations
 
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from ...capture.hf_encoder_decoder import adapter_of
 from ...capture.nxdi.application import CpuSettings, build_application, build_config
 from ...capture.nxdi.encoder_decoder import drive_of
 from ...capture.nxdi.port import activate, load_class, parse_class
+from ...capture.nxdi.rank_process import join_alone
 from ...capture.nxdi.taking import distinct_models
 from ..spec.architecture import Architecture
 from ..spec.encoder_decoder_facts import AnyArchitecture
@@ -58,7 +58,7 @@ def logit_errors(
         InputError: the port cannot be built.
     """
     activate()
-    _join()
+    join_alone()
     port_class = load_class(parse_class(port))
     tokens = tokens_for(model.config, 2, prompt + decoded)
     with tempfile.TemporaryDirectory(prefix="sleuth-parity-") as scratch:
@@ -76,13 +76,6 @@ def logit_errors(
     drive = drive_of(application, distinct_models(application)[0], settings, 0)
     found, expected = (_logits(m, tokens, prompt, source) for m in (drive, adapter_of(model)))
     return LogitErrors(_distance(found[:1], expected[:1]), _distance(found[1:], expected[1:]))
-
-
-def _join() -> None:
-    if not torch.distributed.is_initialized():
-        with tempfile.NamedTemporaryFile(prefix="sleuth-rendezvous-", delete=False) as file:
-            os.unlink(file.name)
-        torch.distributed.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
 
 
 def _source(config: Any) -> Source:
