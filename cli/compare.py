@@ -85,6 +85,7 @@ def first_divergence(trace: Trace, comparison: str) -> dict[str, Any] | None:
 
 def print_comparison(trace: Trace, summary: ComparisonSummary, first: dict[str, Any] | None) -> None:
     """Print the verdict, the sites around the first divergence and what is open."""
+    from ..analyze.localization.suspects import open_suspects
     from ..analyze.sql_library import run_sql
 
     statement = "SELECT * FROM divergence WHERE comparison = ? ORDER BY phase_order(phase), exec_order"
@@ -113,6 +114,11 @@ def print_comparison(trace: Trace, summary: ComparisonSummary, first: dict[str, 
     )
     for reason in summary.reasons:
         say(f"  - {reason}")
+    doubtful = open_suspects(trace, summary.comparison) if first is None else []
+    if doubtful:
+        one = doubtful[0]
+        say(f"  R = {one.r_ratio:.3g} of {one.site} ({one.phase}) may be noise, or a bug of its size;")
+        say(f"  which of both, its causes tell: sleuth diagnose {trace.path} {summary.comparison}")
     for note in summary.notes:
         say(f"  ({note})")
     if summary.n_unmatched:

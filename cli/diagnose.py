@@ -73,6 +73,8 @@ def print_finding(finding: Finding) -> None:
 
 def _numbers(evidence: dict[str, Any]) -> list[str]:
     lines = []
+    if evidence.get("in_noise"):
+        lines.append(f"R = {evidence['r_ratio']:.3g} alone could be noise, which one law or number would not explain")
     if "explained" in evidence:
         guess = f"{evidence['best_guess']} " if "best_guess" in evidence else ""
         lines.append(

@@ -54,6 +54,10 @@ def _print(trace: Trace, found: Localization) -> None:
         print_table(f"{found.comparison}: where R changes", _CHANGES, [_change_row(one) for one in found.changes])
     first = asdict(found.suspects[0]) if found.suspects else {}
     say(_SENTENCES[found.verdict].format(**first), VERDICT_STYLES[found.verdict])
+    if found.open:
+        one = found.open[0]
+        say(f"  {len(found.open)} sites may inject error of the size of noise, first {one.site} ({one.phase}):")
+        say(f"  held against known causes: sleuth diagnose {trace.path} {found.comparison}")
     if found.verdict == "undecided":
         say(f"  why: sleuth sql {trace.path} 'FROM comparison_summary'")
     elif found.suspects:

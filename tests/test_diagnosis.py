@@ -349,6 +349,47 @@ def test_the_pipeline_keeps_its_findings_and_prints_them(
         diagnose(trace, "nothing")
 
 
+def noisy(seed: int) -> Callable[[Array], Array]:
+    noise = np.random.default_rng(seed)
+    return lambda x: x * (1 + 0.02 * noise.standard_normal(x.shape))
+
+
+@pytest.fixture(scope="module")
+def scattered(recorded: tuple[Trace, Port]) -> tuple[Trace, Port]:
+    """With two replicates whose logits scatter by 2 %, so that an R of 1.5 there is nothing unusual."""
+    trace, port = recorded
+    for seed in (1, 2):
+        record(trace, f"replicate-{seed}", replace(port, logits=noisy(seed), sites={}))
+    return trace, port
+
+
+def findings_in_noise(trace: Trace, port: Port, run: str) -> list[Finding]:
+    record(trace, run, replace(port, sites={}))
+    request = ComparisonRequest("fp32", run, "bf16", replicates=("replicate-1", "replicate-2"))
+    assert compare(trace, request).verdict != "fail"
+    statement = "SELECT max(r_ratio) AS r FROM measurements WHERE comparison = ? AND prompt IS NULL"
+    assert trace.query(statement, [run]).to_pylist()[0]["r"] > 1.2
+    return diagnose(trace, run)
+
+
+def test_a_bug_as_small_as_noise_is_convicted_by_its_cause(
+    scattered: tuple[Trace, Port], capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace, port = scattered
+    (found,) = findings_in_noise(trace, replace(port, logits=lambda x: 1.02 * x), "small")
+    assert (found.site, found.cause, found.evidence["in_noise"]) == ("lm_head", "multiplier", True)
+    assert found.evidence["parameters"]["factor"] == pytest.approx(1.02, rel=1e-3)
+    assert main(["localize", str(trace.path), "small"]) in (0, 3)
+    assert "sites may inject error of the size of noise, first lm_head" in capsys.readouterr().out
+    assert main(["diagnose", str(trace.path), "small"]) == 1
+    assert "alone could be noise" in capsys.readouterr().out
+
+
+def test_noise_of_the_same_size_has_no_cause(scattered: tuple[Trace, Port]) -> None:
+    trace, port = scattered
+    assert findings_in_noise(trace, replace(port, logits=noisy(3)), "noise") == []
+
+
 def test_without_matrices_they_are_estimated_from_the_reference(tmp_path: Path) -> None:
     trace = Trace.create(tmp_path / "trace")
     port = references(trace, matrices=False)

@@ -15,7 +15,7 @@ from .finding import Finding, keep
 from .hypothesis import INHERITED, Family, Prediction, Scored, score
 from .origins import Origin, origins
 from .precision import over_precise
-from .ranking import UNKNOWN, Decision, decide
+from .ranking import UNKNOWN, Decision, decide, decide_in_noise
 from .runs import ComparedRuns, Counterpart
 from .scene import Scene
 from .signatures import weights, where
@@ -43,6 +43,9 @@ WHERE comparison = ? AND site = ? AND phase = ? AND target_site <> ? AND prompt 
 def diagnose(trace: Trace, comparison: str, *, progress: Progress = no_progress) -> list[Finding]:
     """Name the cause at every site where error is injected, from the trace alone; the findings are kept in the catalog.
 
+    Sites before the first failing one are examined too if their R is beyond what is tolerated, and a cause that
+    explains their error is a finding: it is evidence where R is none.
+
     Raises:
         TraceNotFoundError: there is no such comparison.
         IntegrityError: a shard is damaged.
@@ -53,7 +56,7 @@ def diagnose(trace: Trace, comparison: str, *, progress: Progress = no_progress)
     for number, origin in enumerate(suspects):
         progress(origin.site, number, len(suspects))
         finding = examine(runs, origin, len(findings) + 1)
-        if finding is not None:
+        if finding is not None and (finding.is_named or not origin.in_noise):
             findings.append(finding)
         trace.release_pages()
     findings += over_precise(runs, len(findings) + 1)
@@ -62,15 +65,20 @@ def diagnose(trace: Trace, comparison: str, *, progress: Progress = no_progress)
 
 
 def examine(runs: ComparedRuns, origin: Origin, rank: int) -> Finding | None:
-    """The finding for one suspect."""
+    """The finding for one suspect; one whose error may be noise is `unknown` unless a cause explains it."""
     try:
         scene = open_scene(runs, origin)
     except LookupError:
+        if origin.in_noise:
+            return None
         unread = whole.unreadable(runs, origin)
         return _finding(runs, origin, rank, unread, _evidence(unread))
     broken = whole.broken(scene)
     if broken is not None:
         return _finding(runs, origin, rank, broken, {"where": where(scene), **_evidence(broken)})
+    if origin.in_noise:
+        decision = decide_in_noise(scores(scene))
+        return _finding(runs, origin, rank, decision, {"where": where(scene), "in_noise": True, **_evidence(decision)})
     decision = _refined(runs, origin, decide(scene.error, scores(scene)))
     if decision.cause == UNKNOWN:
         decision = misplaced_expert(scene) or rounded_weight(scene) or decision

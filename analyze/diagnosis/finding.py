@@ -31,7 +31,8 @@ class Finding:
         remedy: what to change.
         entry: id in the knowledge base, or empty.
         evidence: JSON-ready: `explained` (1 - ||t - h||^2 / ||t - r||^2), `residual_ratio` (||t - h|| over the noise to
-            expect), `r_ratio`, `parameters` (estimates), `runner_up`, `where` (tokens, features) and `weights`.
+            expect), `r_ratio`, `parameters` (estimates), `runner_up`, `where` (tokens, features) and `weights`;
+            `in_noise` where R alone would not have made the site a suspect.
         command: a command that looks closer.
     """
 

@@ -14,7 +14,7 @@ from .candidates import candidates
 from .changes import SiteChange, site_changes
 from .replays import replays_of
 from .site_errors import site_errors
-from .suspects import Suspect, rank
+from .suspects import Suspect, open_suspects, rank
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,15 @@ class Localization:
         verdict: `fail` when there are suspects; `pass` when there are none and the comparison passes; else
             `undecided`: what was not compared, or could not be judged, may hide an origin.
         suspects: by rank.
+        open: sites before the first failing one whose R is beyond what is tolerated though noise may explain it, see
+            `suspects.open_suspects`.
         changes: change points of R, phases in time order and sites in dataflow order.
     """
 
     comparison: str
     verdict: str
     suspects: tuple[Suspect, ...]
+    open: tuple[Suspect, ...]
     changes: tuple[SiteChange, ...]
 
 
@@ -52,7 +55,8 @@ def localize(trace: Trace, comparison: str, *, progress: Progress = no_progress)
     ranked = rank(candidates(phases, replays_of(trace, comparison)), phases, changes)
     overall = trace.query("SELECT verdict FROM comparisons WHERE comparison = ?", [comparison]).to_pylist()[0]
     verdict = FAIL if ranked else PASS if overall["verdict"] == PASS else UNDECIDED
-    found = Localization(comparison, verdict, tuple(ranked), tuple(one for some in changes.values() for one in some))
+    every = tuple(one for some in changes.values() for one in some)
+    found = Localization(comparison, verdict, tuple(ranked), tuple(open_suspects(trace, comparison)), every)
     _store(trace, found)
     return found
 

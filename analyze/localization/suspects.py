@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...store.trace import Trace
-from ..verdict import SHAPE_MISMATCH
+from ..verdict import FAIL, SHAPE_MISMATCH
 from .candidates import Candidate, candidates
 from .change_points import DRIFT, SPIKE
 from .changes import SiteChange, site_changes
@@ -18,6 +18,7 @@ ORIGIN, INHERITED = "origin", "inherited"
 
 #: Suspects to name at least when any site fails: the runners-up are sites whose error is explained worst.
 LEAST_SUSPECTS = 3
+_TAU = "SELECT (thresholds->>'tau_r')::DOUBLE AS tau_r FROM comparisons WHERE comparison = ?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,36 @@ def suspects(trace: Trace, comparison: str) -> list[Suspect]:
     phases = site_errors(trace, comparison)
     changes = {phase: site_changes(sites) for phase, sites in phases.items()}
     return rank(candidates(phases, replays_of(trace, comparison)), phases, changes)
+
+
+def open_suspects(trace: Trace, comparison: str) -> list[Suspect]:
+    """Rank the sites before the first failing one whose R is beyond what is tolerated, as if they failed.
+
+    Noise may explain every one of them, so none is a suspect by its R alone; a cause that explains its error decides.
+
+    Args:
+        trace: the trace.
+        comparison: name of a comparison in it.
+
+    Returns:
+        Suspects by rank; empty when none exceeds the largest R of a clean site.
+
+    Raises:
+        InputError: there is no such comparison.
+    """
+    (row,) = trace.query(_TAU, [comparison]).to_pylist() or ({"tau_r": None},)
+    raised: dict[str, list[SiteError]] = {}
+    for phase, sites in site_errors(trace, comparison).items():
+        first = next((place for place, site in enumerate(sites) if site.failed), len(sites))
+        raised[phase] = [_as_if_failing(site, row["tau_r"]) for site in sites[:first]]
+        if first < len(sites):
+            break
+    return rank(candidates(raised, replays_of(trace, comparison)), raised, dict.fromkeys(raised, ()))
+
+
+def _as_if_failing(site: SiteError, tau_r: float) -> SiteError:
+    beyond = site.equivalent_r is not None and site.equivalent_r > tau_r
+    return replace(site, verdict=FAIL) if beyond else site
 
 
 def rank(

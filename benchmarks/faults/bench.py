@@ -86,8 +86,9 @@ class Report:
     """What the analysis said about one target.
 
     Attributes:
-        verdict: of the comparison.
-        suspects: ranked.
+        verdict: of the whole chain: `fail` if the comparison fails or a cause is named.
+        compared: of the comparison alone.
+        suspects: ranked; before them sites that a cause convicts and R alone does not.
         findings: ranked; empty when diagnosis failed.
         measured: `(module, phase, R, verdict)` of every measurement over all prompts, in dataflow order.
         errors: stages that raised, with the message.
@@ -96,6 +97,7 @@ class Report:
     """
 
     verdict: str
+    compared: str
     suspects: tuple[Suspected, ...]
     findings: tuple[Suspected, ...]
     measured: tuple[tuple[str, str, float | None, str], ...]
@@ -274,7 +276,7 @@ def analyse(trace: Trace, seconds: dict[str, float], replicates: tuple[str, ...]
     request = ComparisonRequest(REFERENCE, TARGET, BASELINE, replicates=replicates)
     summary = stage("compare", lambda: compare(trace, request), None)
     if summary is None:
-        return Report("crash", (), (), (), errors, seconds, str(trace.path))
+        return Report("crash", "crash", (), (), (), errors, seconds, str(trace.path))
     found = stage("localize", lambda: suspects(trace, TARGET), ())
     named = stage("diagnose", lambda: diagnose(trace, TARGET), ())
     rows = trace.query(
@@ -282,10 +284,14 @@ def analyse(trace: Trace, seconds: dict[str, float], replicates: tuple[str, ...]
            WHERE comparison = ? AND prompt IS NULL ORDER BY phase = 'decode', exec_order, measurement""",
         [TARGET],
     ).to_pylist()
+    findings = tuple(_finding(finding) for finding in named)
+    faulty = [one for finding, one in zip(named, findings, strict=True) if finding.is_fault]
+    convicted = [one for finding, one in zip(named, findings, strict=True) if finding.evidence.get("in_noise")]
     return Report(
+        "fail" if faulty else summary.verdict,
         summary.verdict,
-        tuple(Suspected(s.module, s.site, s.phase, s.kind, s.r_ratio) for s in found),
-        tuple(_finding(finding) for finding in named),
+        (*convicted, *(Suspected(s.module, s.site, s.phase, s.kind, s.r_ratio) for s in found)),
+        findings,
         tuple((row["module"], row["phase"], row["r_ratio"], row["verdict"]) for row in rows),
         errors,
         seconds,

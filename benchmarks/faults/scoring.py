@@ -27,7 +27,8 @@ class Outcome:
         cause: what it is.
         visible, size, phase, origins: see `effect.Truth`.
         early: effect before its own place, which should be none.
-        verdict: of the comparison.
+        verdict: of comparison and diagnosis together.
+        compared: of the comparison alone.
         origin_rank: rank of the first right suspect, 0 for none.
         first: the first suspect's module and phase.
         named: cause of the first finding.
@@ -49,6 +50,7 @@ class Outcome:
     origins: tuple[str, ...]
     early: float
     verdict: str
+    compared: str
     origin_rank: int
     first: str
     named: str
@@ -64,7 +66,7 @@ class Outcome:
 
     @property
     def detected(self) -> bool:
-        """Whether the comparison fails."""
+        """Whether the comparison fails, or a cause is named."""
         return self.verdict == "fail"
 
     @property
@@ -79,7 +81,7 @@ class CleanOutcome:
 
     Attributes:
         architecture, variant: which.
-        verdict: of the comparison.
+        verdict: of comparison and diagnosis together.
         n_suspects: suspects.
         named: cause of the first confident finding.
         largest_r, largest_module: the largest R and where.
@@ -130,6 +132,7 @@ def judge(architecture: str, fault: Fault, severity: Severity, expected: Truth, 
         origins=expected.origins,
         early=expected.early,
         verdict=report.verdict,
+        compared=report.compared,
         origin_rank=right[0] if right else 0,
         first=f"{first.site} ({first.phase})" if first else "",
         named=finding.cause if finding else "",
@@ -233,6 +236,7 @@ def scores(faults: Sequence[Outcome], clean: Sequence[CleanOutcome]) -> list[Sco
 
     return [
         share("detected, effect above the noise", [o.detected for o in visible], ">= 97 %"),
+        share("detected by R alone", [o.compared == "fail" for o in visible]),
         share("origin first", [o.origin_rank == 1 for o in found], ">= 92 %"),
         share("origin among the first three", [1 <= o.origin_rank <= 3 for o in found], ">= 98 %"),
         share("cause first", [o.cause_right for o in found], ">= 80 %"),
