@@ -131,9 +131,11 @@ class _Search:
             order = np.lexsort((tokens, choices) if self._by_choice else (choices, tokens))
             listed = np.stack([tokens[order], choices[order]], axis=1)
             surplus = len(self._call.rows.get(expert, ())) - len(listed)
-            self.sent[expert] = frozenset(tokens.tolist())
             self._lists[expert] = listed
-            if surplus >= 0:
+            self.sent[expert] = frozenset(tokens.tolist()) if surplus >= 0 else frozenset()
+            if surplus < 0:  # fewer were sent than the scores say: their order tells nothing
+                self._disputed.add(expert)
+            else:
                 self.low[listed[:, 0], listed[:, 1]] = np.arange(len(listed))
                 self.high[listed[:, 0], listed[:, 1]] = np.arange(len(listed)) + surplus
 

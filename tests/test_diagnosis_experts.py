@@ -325,6 +325,18 @@ def low_rank(weight: Array) -> Array:
     return weight + 0.02 * generator.normal(size=(len(weight), 2)) @ generator.normal(size=(2, weight.shape[1]))
 
 
+def of_part(part: int, parts: int) -> Callable[[Array], Array]:
+    """One rank's part of the inputs, counted from 1."""
+
+    def change(weight: Array) -> Array:
+        size = weight.shape[1] // parts
+        kept = np.zeros_like(weight)
+        kept[:, (part - 1) * size : part * size] = weight[:, (part - 1) * size : part * size]
+        return kept
+
+    return change
+
+
 @pytest.fixture(scope="module")
 def projected(tmp_path_factory: pytest.TempPathFactory) -> Trace:
     trace = Trace.create(tmp_path_factory.mktemp("projection") / "trace")
@@ -344,6 +356,10 @@ def projected(tmp_path_factory: pytest.TempPathFactory) -> Trace:
         ("some-rows", noisy_rows, "unknown"),
         ("low-rank", low_rank, "unknown"),
         ("foreign", lambda w: np.roll(w, 7, axis=1), "unknown"),
+        ("eighth", of_part(3, 8), "missing_all_reduce"),
+        ("sixteenth", of_part(16, 16), "missing_all_reduce"),
+        ("half", of_part(2, 2), "unknown"),  # more inputs than tokens
+        ("three-quarters", lambda w: w - of_part(1, 4)(w), "unknown"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -356,3 +372,6 @@ def test_rounded_weights_are_told_without_their_matrix(
     if cause == "quantised_weights":
         assert found.evidence["parameters"]["slope"] == pytest.approx(1.0, abs=0.1)
         assert found.entry == "quantised-weights"
+    if cause == "missing_all_reduce":
+        told = found.evidence["parameters"]
+        assert (told["part"] + 1, told["parts"]) == {"eighth": (3, 8), "sixteenth": (16, 16)}[name]

@@ -150,6 +150,18 @@ def test_what_the_output_does_not_prove_is_left_out(tampered: str) -> None:
         assert set(map(len, found.values())) == {0}
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_a_router_that_sends_each_token_to_fewer_experts_leads_to_no_wrong_row(seed: int) -> None:
+    call, truth = block(seed, 16, 8, 1)
+    found = find_rows(replace(call, chosen=2))
+    for expert, rows in found.row.items():
+        assert rows.items() <= truth.get(expert, {}).items()
+    sent = {expert: frozenset(rows) for expert, rows in truth.items()}
+    fewer = [e for e, rows in call.rows.items() if len(rows) < np.sum(np.argsort(-call.scores)[:, :2] == e)]
+    assert fewer
+    assert all(found.sent[expert] <= sent[expert] for expert in fewer)
+
+
 def test_too_few_features_prove_nothing() -> None:
     """Any output is a sum of as many rows as it has features."""
     call, _ = block(1, 8, 4, 2)

@@ -14,6 +14,7 @@ from .experts import misplaced_expert
 from .finding import Finding, keep
 from .hypothesis import INHERITED, Family, Prediction, Scored, score
 from .origins import Origin, origins
+from .partial_sum import missing_sum
 from .precision import over_precise
 from .ranking import UNKNOWN, Decision, decide, decide_in_noise
 from .runs import ComparedRuns, Counterpart
@@ -81,7 +82,7 @@ def examine(runs: ComparedRuns, origin: Origin, rank: int) -> Finding | None:
         return _finding(runs, origin, rank, decision, {"where": where(scene), "in_noise": True, **_evidence(decision)})
     decision = _refined(runs, origin, decide(scene.error, scores(scene)))
     if decision.cause == UNKNOWN:
-        decision = misplaced_expert(scene) or rounded_weight(scene) or decision
+        decision = misplaced_expert(scene) or missing_sum(scene) or rounded_weight(scene) or decision
     evidence = {"where": where(scene), "weights": weights(scene), **_evidence(decision)}
     return _finding(runs, origin, rank, decision, evidence)
 

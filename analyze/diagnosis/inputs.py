@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from ..routed_tokens import Expert
 from ..sites import Site, SiteInfo
 from .runs import FloatArray, IntArray
 from .scene import REFERENCE, TARGET, Scene, View
@@ -94,13 +95,26 @@ def reordered(x: FloatArray, head: int | None) -> Iterator[InputVariant]:
 AnySource = TypeVar("AnySource", bound=Source)
 
 
+def _expert(site: Site) -> tuple[str, int] | None:
+    """The expert that a site lies in, None outside of experts."""
+    expert = Expert.of(site.module)
+    return None if expert is None else (expert.block, expert.number)
+
+
 def earlier(scene: Scene, width: int | None = None) -> list[SiteInfo]:
-    """Sites of the reference before the suspect, the nearest first, each content once; inputs of modules count too."""
+    """Sites of the reference before the suspect, the nearest first, each content once; inputs of modules count too.
+
+    Experts see some tokens only, so what lies within one is nobody's input outside of it.
+    """
     found: dict[str, SiteInfo] = {}
+    block = _expert(scene.site)
     before = [
         info
         for info in scene.runs.sites.values()
-        if info.exec_order < scene.info.exec_order and info.positioned and info.site.port in ("output", "input")
+        if info.exec_order < scene.info.exec_order
+        and info.positioned
+        and info.site.port in ("output", "input")
+        and _expert(info.site) in (None, block)
     ]
     for info in sorted(before, key=lambda info: -info.exec_order):
         if width in (None, info.features) and info.features:

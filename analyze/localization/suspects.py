@@ -91,9 +91,10 @@ def open_suspects(trace: Trace, comparison: str) -> list[Suspect]:
     Raises:
         InputError: there is no such comparison.
     """
-    (row,) = trace.query(_TAU, [comparison]).to_pylist() or ({"tau_r": None},)
+    phases = site_errors(trace, comparison)
+    (row,) = trace.query(_TAU, [comparison]).to_pylist()
     raised: dict[str, list[SiteError]] = {}
-    for phase, sites in site_errors(trace, comparison).items():
+    for phase, sites in phases.items():
         first = next((place for place, site in enumerate(sites) if site.failed), len(sites))
         raised[phase] = [_as_if_failing(site, row["tau_r"]) for site in sites[:first]]
         if first < len(sites):
