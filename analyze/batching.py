@@ -1,7 +1,8 @@
 """Sites whose tensors depend on how prompts were batched, and can be compared only between runs that batched alike.
 
 Two kinds: tensors without token positions from a forward pass over several prompts (the rows that an expert was given,
-positions counted in columns), and tensors that are as wide as the padded batch (attention masks and weights).
+positions counted in columns), and tensors that are as wide as the padded batch (attention masks). Attention weights
+hold the keys of their own prompt only (`b n s k`), and do not.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ GROUP BY phase, step ORDER BY phase, step
 """
 _WHOLE_BATCH = """
 SELECT DISTINCT module, port, slot, call FROM tensors WHERE run = ? AND prompt IS NULL AND phase <> 'static'
+"""
+_BY_KEY = """
+SELECT module, port, slot, call FROM tensors WHERE run = ? AND phase <> 'static'
+GROUP BY ALL HAVING bool_and(position_start IS NOT NULL AND dims LIKE 'b n% s k')
 """
 
 
@@ -64,6 +69,8 @@ def _batched_alike(trace: Trace, runs: Sequence[str]) -> bool:
 def _following(trace: Trace, run: str, infos: Sequence[SiteInfo]) -> set[Site]:
     """Sites of a run that hold rows of whole batches in no known order, or whose width varies from batch to batch."""
     positioned = {info.site for info in infos if info.positioned}
-    rows = trace.query(_WHOLE_BATCH, [run]).to_pylist()
-    whole = {Site(row["module"], row["port"], row["slot"], row["call"]) for row in rows}
-    return (whole - positioned) | {info.site for info in infos if info.features is None}
+    whole, by_key = (
+        {Site(row["module"], row["port"], row["slot"], row["call"]) for row in trace.query(query, [run]).to_pylist()}
+        for query in (_WHOLE_BATCH, _BY_KEY)
+    )
+    return (whole - positioned) | {info.site for info in infos if info.features is None and info.site not in by_key}

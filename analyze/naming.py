@@ -120,6 +120,8 @@ def proposals(site: Site, around: Surroundings | None = None) -> Iterator[Propos
                 yield Proposal(_at(site, module, slot), 0.9 * score, f"known as {module}")
     yield from _routing(site, around)
     yield from _rotary(site, around)
+    if _is_attention_weights(site, around):
+        yield Proposal(Site(site.module, "tap", "weights", site.call), 0.9, "attention weights")
     prefix, _, leaf = site.module.rpartition(".")
     if leaf in _FUSED and site.slot in MAIN_SLOTS and site.port == "output":
         yield from _fused(site, prefix, leaf)
@@ -153,14 +155,18 @@ def no_counterpart(site: Site, around: Surroundings) -> str | None:
         for name in FUSED_EXPERTS:
             if prefix + name in around.target:
                 return f"sees the tokens routed to one expert only; the target computes all experts in {prefix}{name}"
-    leaf = site.module.rpartition(".")[2]
-    if leaf in ("self_attn", "attention", "attn") and site.slot == "1" and site.module in around.target:
-        return "attention weights, which the target does not return"
+    if _is_attention_weights(site, around):
+        return "attention weights, which the target does not return; --scores records them"
     routed = _ROUTED.match(site.module)
     others = [name for name in _ROUTERS if routed and (routed[1] or "") + name in around.target]
     if routed and others and site.slot == "1" and not _routed(site, routed[2], around):
         return "weights of the chosen experts; the target returns those of all experts"
     return None
+
+
+def _is_attention_weights(site: Site, around: Surroundings) -> bool:
+    leaf = site.module.rpartition(".")[2]
+    return leaf in ("self_attn", "attention", "attn") and site.slot == "1" and site.module in around.target
 
 
 def _returns_other_things(site: Site, around: Surroundings) -> bool:

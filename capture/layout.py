@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ..store.dims import Axis, parse_dims
 from ..store.errors import InputError
+
+#: Names of attention modules.
+_ATTENTIONS = frozenset({"self_attn", "attention", "attn", "self_attention"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ class StepLayout:
         length: length of the token axis.
         rows: rows that hold real tokens.
         source: layout of the source, whose length is another; None without an encoder, or where it does not run.
+        keys: `bool[batch, keys]`, which of the keys that attention sees are real tokens; None where that is unknown.
     """
 
     phase: str
@@ -55,6 +59,7 @@ class StepLayout:
     length: int
     rows: tuple[Row, ...]
     source: StepLayout | None = None
+    keys: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +100,7 @@ def layout_from_mask(mask: torch.Tensor, length: int, *, phase: str, step: int, 
             )
         first = mask.shape[1] - length + start
         rows.append(Row(index, prompt, start, count, int(positions[index, first])))
-    return StepLayout(phase, step, len(prompts), length, tuple(rows))
+    return StepLayout(phase, step, len(prompts), length, tuple(rows), keys=real)
 
 
 def layout_of(shape: Sequence[int], layout: StepLayout | None) -> StepLayout | None:
@@ -171,6 +176,34 @@ def cut(
             found = _cut_row(tensor, dims, layout, kept, only_last, held.start if held else 0)
             # A few positions must not keep the whole tensor in memory while they wait to be written.
             yield replace(found, values=found.values.clone()) if kept.count < real.count else found
+
+
+def holds_attention_weights(path: str, port: str, slot: str, shape: Sequence[int], layout: StepLayout) -> bool:
+    """Whether a tensor is what an attention module of transformers returns beside its output: `b n s k`."""
+    return (
+        layout.keys is not None
+        and layout.source is None
+        and (port, slot) == ("output", "1")
+        and path.rpartition(".")[2] in _ATTENTIONS
+        and len(shape) == 4
+        and (shape[0], shape[2]) == (layout.batch, layout.length)
+        and shape[3] <= layout.keys.shape[1]
+    )
+
+
+def cut_weights(tensor: torch.Tensor, layout: StepLayout, *, positions: range | None = None) -> Iterator[Cut]:
+    """Split attention weights by prompt, and drop the keys that are padding.
+
+    Args:
+        tensor: `[batch, heads, tokens, keys]`; where a cache keeps a window only, the last keys.
+        layout: layout of the forward pass, with its keys.
+        positions: see `cut`.
+    """
+    assert layout.keys is not None, "see holds_attention_weights"
+    for part in cut(tensor, layout, last_only=False, positions=positions, dims="b n s k"):
+        row = next(row for row in layout.rows if row.prompt == part.prompt)
+        real = layout.keys[row.index, layout.keys.shape[1] - tensor.shape[3] :].to(tensor.device)
+        yield part if bool(real.all()) else replace(part, values=part.values[..., real])
 
 
 def _held(tensor: torch.Tensor, axes: Sequence[Axis], part: int) -> range | None:

@@ -17,7 +17,7 @@ from ..store.index import TensorKey
 from ..store.manifest import ROLES, Module, Prompt, PromptTokens, RunManifest, write_manifest
 from ..store.run_writer import QUEUE_BYTES, SHARD_BYTES, RunWriter
 from ..store.trace import Trace, site_name
-from .layout import Cut, StepLayout, cut, layout_of
+from .layout import Cut, StepLayout, cut, cut_weights, holds_attention_weights, layout_of
 from .pending import PendingTensor, WriteGuard, check_storable
 from .provenance import environment, weights_fingerprint
 from .selection import Selection
@@ -151,6 +151,8 @@ class Recorder:
 
     def _cuts(self, path: str, port: str, slot: str, tensor: torch.Tensor, layout: StepLayout | None) -> Iterable[Cut]:
         """One prompt's part after the other of a captured tensor."""
+        if layout is not None and holds_attention_weights(path, port, slot, tensor.shape, layout):
+            return cut_weights(tensor, layout, positions=self.selection.positions)
         last_only = path == "" or path.rpartition(".")[2] == "lm_head"
         return cut(tensor, layout, last_only=last_only, positions=self.selection.positions)
 

@@ -58,7 +58,10 @@ def capture_nxdi(
     layers: Layers = None,
     positions: Positions = None,
     io: Io = Ports.output,
-    scores: Annotated[bool, typer.Option(help="Record attention scores at prefill.")] = False,
+    scores: Annotated[
+        bool,
+        typer.Option(help="Record attention scores (prefill) and weights; both grow with the square of the length."),
+    ] = False,
     library_capture: Annotated[
         bool, typer.Option("--library-capture", help="On a CPU, record through NxD Inference's own tensor capture.")
     ] = False,

@@ -9,7 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensorsleuth.capture.layout import Row, StepLayout, cut, infer_dims, layout_from_mask
+from tensorsleuth.capture.layout import (
+    Row,
+    StepLayout,
+    cut,
+    cut_weights,
+    holds_attention_weights,
+    infer_dims,
+    layout_from_mask,
+)
 from tensorsleuth.capture.recorder import record
 from tensorsleuth.store import InputError, Trace
 from tensorsleuth.store.dims import by_position, parse_dims
@@ -124,6 +132,27 @@ def test_decode_steps_continue_the_positions_and_leave_finished_prompts_out() ->
     mask = torch.cat([mask_of("left"), torch.tensor([[1, 1], [1, 0], [1, 1]])], 1)
     layout = layout_from_mask(mask, 1, phase="decode", step=2, prompts=[0, 1, 2])
     assert layout.rows == (Row(0, 0, 0, 1, 3), Row(2, 2, 0, 1, 4))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_attention_weights_lose_the_keys_that_are_padding(side: str) -> None:
+    layout = prefill(side)
+    assert holds_attention_weights("layers.0.self_attn", "output", "1", (3, 2, 5, 5), layout)
+    assert not holds_attention_weights("layers.0.self_attn", "output", "0", (3, 2, 5, 5), layout)
+    assert not holds_attention_weights("layers.0.mlp", "output", "1", (3, 2, 5, 5), layout)
+    weights = torch.rand(3, 2, 5, 5)
+    for row, part in enumerate(cut_weights(weights, layout)):
+        real = mask_of(side)[row].bool()
+        assert (part.prompt, part.dims, part.position_count) == (4 + row, "b n s k", LENGTHS[row])
+        assert torch.equal(part.values[0], weights[row][:, real][:, :, real])
+
+
+def test_attention_weights_over_a_window_are_those_of_the_last_keys() -> None:
+    mask = torch.cat([mask_of("right"), torch.ones(3, 2, dtype=torch.int64)], 1)
+    layout = layout_from_mask(mask, 1, phase="decode", step=2, prompts=[0, 1, 2])
+    weights = torch.rand(3, 2, 1, 4)
+    kept = [part.values.shape[-1] for part in cut_weights(weights, layout)]
+    assert kept == [2, 4, 3 - 1]  # of seven keys the last four; those of the first row's prompt lie before them
 
 
 def test_a_mask_with_holes_is_refused() -> None:

@@ -138,8 +138,11 @@ def test_gpt_oss_returns_affinities_and_half_the_angles() -> None:
     }
     assert {pair.columns for pair in mapping.pairs if "rotary" in pair.reference.name} == {((0, 8),)}
     assert [(gap.site.name, gap.reason) for gap in mapping.gaps] == [
-        (f"{LAYER}.self_attn[1]", "attention weights, which the target does not return")
+        (f"{LAYER}.self_attn[1]", "attention weights, which the target does not return; --scores records them")
     ]
+    tapped = both(reference, {**NXDI_GPT_OSS, f"{NXDI_LAYER}.self_attn:tap[weights]": 99})
+    assert pairs(tapped)[f"{LAYER}.self_attn[1]"] == [f"{NXDI_LAYER}.self_attn:tap[weights]"]
+    assert not tapped.gaps
 
 
 def test_a_router_of_the_same_implementation_keeps_its_names() -> None:

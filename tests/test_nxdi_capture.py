@@ -17,6 +17,8 @@ import numpy.typing as npt
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tensorsleuth.analyze.compare import ComparisonRequest, compare
+from tensorsleuth.analyze.verdict import Thresholds
 from tensorsleuth.capture.generate import Generation
 from tensorsleuth.capture.hf import ModelSource
 from tensorsleuth.capture.hf_run import HuggingFaceCapture, capture_hugging_face
@@ -362,6 +364,31 @@ def test_a_sliding_window_shorter_than_the_prompt_is_right(tmp_path: Path) -> No
     reference, target = values(trace, "ref"), values(trace, capture(trace, model, "window", MISTRAL))
     for ours, theirs in llama_pairs():
         assert relative_l2(target[ours], reference[theirs]) < 1e-5, ours
+
+
+@pytest.mark.parametrize(("kind", "port", "tp"), [(LlamaConfig, LLAMA, 2), (MistralConfig, MISTRAL, 1)])
+def test_attention_weights_are_those_of_eager_attention(kind: Any, port: str, tp: int, tmp_path: Path) -> None:
+    window = {"sliding_window": 8, "head_dim": 16} if kind is MistralConfig else {}
+    model = save_checkpoint(kind(**_SIZES, **window), tmp_path / "model")
+    trace = Trace.create(tmp_path / "t")
+    prompts = [
+        PromptInput(name, token_ids=tuple((7 * i) % 90 + 2 for i in range(n))) for name, n in (("a", 12), ("b", 5))
+    ]
+    generation = Generation(new_tokens=6, batch_size=1 if window else 2)
+    source = ModelSource(model, attention="eager")
+    capture_hugging_face(trace, HuggingFaceCapture(source, "ref", "reference", prompts=prompts, generation=generation))
+    batches = Generation(batch_size=generation.batch_size)
+    capture(trace, model, "weights", port, tp=tp, scores=True, generation=batches)
+    reference, target = values(trace, "ref"), values(trace, "weights")
+    for layer in range(2):
+        ours = target[f"layers.{layer}.self_attn", "tap", "weights"]
+        theirs = reference[f"model.layers.{layer}.self_attn", "output", "1"]
+        assert ours.keys() == theirs.keys()
+        for place in theirs:
+            np.testing.assert_allclose(ours[place], theirs[place], atol=2e-6)
+    assert (
+        compare(trace, ComparisonRequest("ref", "weights", thresholds=Thresholds(relative_l2=1e-5))).verdict == "pass"
+    )
 
 
 PORT_FILE = """

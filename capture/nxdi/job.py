@@ -31,7 +31,7 @@ class RankJob:
         generation: how prompts are continued.
         selection: which sites are kept.
         statistics_only: keep no values.
-        scores: record attention scores.
+        scores: record attention scores and weights.
         library_capture: record through NxD Inference's own tensor capture, as on a device.
         options: further arguments of the port's NeuronConfig.
     """

@@ -41,7 +41,7 @@ class NxdiRecorder(Recorder):
             rank: rank of this process.
             tp: tensor-parallel degree.
             cache_length: positions in the key-value cache.
-            scores: record attention scores too.
+            scores: record attention scores and weights too.
         """
         super().__init__(model, writer, selection)
         self._dims = SiteDims(model, tp)
@@ -90,10 +90,18 @@ class NxdiRecorder(Recorder):
         if port == "tap":
             dims, layout = self._tap_dims(path, slot, tensor, layout)
             found = cut(tensor, layout, last_only=False, positions=positions, dims=dims)
-            return (_without_padded_keys(part, layout) for part in found) if slot == "scores" else found
+            if slot in ("scores", "weights") and dims:
+                slots = self._cache_slots(path, tensor.shape[3] - 1)
+                return (_with_real_keys(part, layout, slots) for part in found)
+            return found
         dims = self._dims(path, port, slot, tensor, layout)
         last_only = path == "" or path.rpartition(".")[2] == "lm_head"
         return cut(tensor, layout, last_only=last_only, positions=positions, dims=dims, part=self._rank)
+
+    def _cache_slots(self, path: str, width: int) -> int:
+        """Slots of a layer's cache that are in use: of a sliding window, all but one hold earlier tokens."""
+        window = getattr(self.model.get_submodule(path), "sliding_window", None)
+        return window - 1 if window and width < self._cache_length else width
 
     def _tap_dims(self, path: str, slot: str, tensor: torch.Tensor, layout: StepLayout) -> tuple[str, StepLayout]:
         shape = tuple(tensor.shape)
@@ -109,14 +117,21 @@ class NxdiRecorder(Recorder):
             return f"b n{self._dims.kv(path)} s d", replace(layout, batch=shape[0], length=shape[2], rows=rows)
         if len(shape) != 4 or (shape[0], shape[2]) != (layout.batch, layout.length):
             return "", layout
-        if slot == "scores":
+        if slot in ("scores", "weights"):
             return f"b n{self._dims.heads()} s k", layout
         return f"b n{self._dims.heads() if slot == 'q_rope' else self._dims.kv(path)} s d", layout
 
 
-def _without_padded_keys(part: Cut, layout: StepLayout) -> Cut:
-    """Scores against padding say nothing: keep the keys up to the prompt's last real token."""
+def _with_real_keys(part: Cut, layout: StepLayout, slots: int) -> Cut:
+    """Scores or weights of one prompt, keys in the order of positions and without padding.
+
+    In decode, the keys are the slots of the cache, then the token of the step; position p lies in slot p modulo their
+    number.
+    """
     if part.position_start is None or part.position_count is None:
         return part
     row = next(row for row in layout.rows if row.prompt == part.prompt)
-    return replace(part, values=part.values[..., : row.start + row.count])
+    if layout.phase != "decode":
+        return replace(part, values=part.values[..., row.start : row.start + row.count])
+    keys = [position % slots for position in range(max(row.position - slots, 0), row.position)]
+    return replace(part, values=part.values[..., [*keys, part.values.shape[-1] - 1]])

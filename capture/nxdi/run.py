@@ -58,7 +58,7 @@ class NxdiCapture:
         generation: how prompts are continued.
         selection: which sites are kept.
         statistics_only: keep statistics and checksums, not values.
-        scores: record attention scores.
+        scores: record attention scores and weights.
         library_capture: record through NxD Inference's own tensor capture, as on a device.
         length: prefill bucket and cache length; the smallest multiple of 64 that fits by default.
         options: further arguments of the port's NeuronConfig, for example `fused_qkv`.
