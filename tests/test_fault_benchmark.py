@@ -133,7 +133,7 @@ def test_only_the_right_module_in_the_right_phase_is_the_origin() -> None:
     expected = Truth(True, 5.0, "decode", ("decode",), ("x",), 5.0, 0.0)
     suspects = tuple(Suspected(m, m, p, "origin", 9.0) for m, p in (("x", "prefill"), ("y", "decode"), ("x", "decode")))
     named = (Suspected("x", "x", "decode", "finding", 9.0, "causal_mask", 0.9),)
-    outcome = judge("llama", FAULTS["cache-late"], None, expected, Report("fail", suspects, named, (), {}, {}, ""))
+    outcome = judge("llama", FAULTS["cache-late"], None, expected, Report("fail", "fail", suspects, named, (), {}, {}, ""))
     assert outcome.origin_rank == 3
     assert outcome.confident_wrong
     assert not is_right(outcome)
@@ -142,7 +142,7 @@ def test_only_the_right_module_in_the_right_phase_is_the_origin() -> None:
 def test_published_rules_take_the_largest_step_and_not_the_earliest() -> None:
     rows = (("a", "prefill", 1.0), ("b", "prefill", 127.0), ("c", "prefill", 1303.0), ("d", "prefill", 2.0))
     rows += (("e", "prefill", 3.0), ("f", "prefill", 9999.0))
-    report = Report("fail", (), (), tuple((*row, "fail") for row in rows), {}, {}, "")
+    report = Report("fail", "fail", (), (), tuple((*row, "fail") for row in rows), {}, {}, "")
     assert published_primary(report) == ("c", "prefill", 1303.0)
 
 
