@@ -87,7 +87,19 @@ _FUSED = {
 _FUSED["k_proj"] = _FUSED["v_proj"] = _FUSED["q_proj"]
 _FUSED["up_proj"] = _FUSED["gate_proj"]
 #: Where NxD keeps the experts of a layer.
-FUSED_EXPERTS = ("mlp.expert_mlps", "block_sparse_moe.expert_mlps", "feed_forward.moe.expert_mlps")
+FUSED_EXPERTS = (
+    "mlp.expert_mlps",
+    "mlp.moe.expert_mlps",
+    "block_sparse_moe.expert_mlps",
+    "feed_forward.moe.expert_mlps",
+)
+#: What transformers computes in modules within a block of experts, and NxD within its own.
+_IN_EXPERTS = re.compile(r"(?P<layer>.*\.)?(?:block_sparse_moe|mlp)\.(?P<part>experts\..+|activation|moe_statics)$")
+_ABSENT = {
+    "experts": "sees the tokens routed to one expert only; the target computes all experts in {}",
+    "activation": "sees the rows that the router grouped by expert; the target computes all experts in {}",
+    "moe_statics": "adds the bias by which experts are chosen; the target's router does so itself, beside {}",
+}
 _ROUTERS = ("mlp.router", "block_sparse_moe.router", "feed_forward.moe.router")
 _ROUTED = re.compile(_EXPERTS + r"(\.gate|\.router)?$")
 _LAYER_ROTARY = re.compile(r"layers\.\d+\.(?:self_attn|attention|attn)\.rotary_emb$")
@@ -149,12 +161,12 @@ def no_counterpart(site: Site, around: Surroundings) -> str | None:
         site: the reference site, with its canonical module path.
         around: what else is known.
     """
-    expert = re.match(_EXPERTS + r"\.experts\.", site.module)
-    if expert:
-        prefix = expert[1] or ""
-        for name in FUSED_EXPERTS:
-            if prefix + name in around.target:
-                return f"sees the tokens routed to one expert only; the target computes all experts in {prefix}{name}"
+    inside = _IN_EXPERTS.match(site.module)
+    if inside:
+        prefix = inside["layer"] or ""
+        fused = next((prefix + name for name in FUSED_EXPERTS if prefix + name in around.target), None)
+        if fused is not None:
+            return _ABSENT["experts" if inside["part"].startswith("experts.") else inside["part"]].format(fused)
     if _is_attention_weights(site, around):
         return "attention weights, which the target does not return; --scores records them"
     routed = _ROUTED.match(site.module)

@@ -10,6 +10,7 @@ from tensorsleuth.analyze.calibration.discovery import q_values
 from tensorsleuth.analyze.calibration.exchange import exchange_p_value, sign_flip_p_value
 from tensorsleuth.analyze.calibration.limits import limits_by_kind, nulls_by_kind, tolerance_limit
 from tensorsleuth.analyze.calibration.null import null_of_replicates
+from tensorsleuth.analyze.calibration.routing import Experts
 from tensorsleuth.analyze.intervals import interval_over_prompts, interval_over_tokens
 from tensorsleuth.analyze.verdict import ALPHA
 
@@ -170,3 +171,18 @@ def test_kinds_of_few_observations_borrow_their_spread() -> None:
     assert 1.05 < limits["rare"] < 1.6
     assert nulls["rare"].n == 1
     assert set(nulls) == {*observed, ""}
+
+
+@pytest.mark.parametrize(
+    ("module", "features", "dtype", "routes"),
+    [
+        ("layers.0.mlp.gate", 4, "bfloat16", True),
+        ("layers.0.block_sparse_moe.router.layer", 4, "float32", True),
+        ("layers.0.mlp.router", 2, "int64", True),
+        ("layers.0.mlp.router", 2, "float32", False),
+        ("layers.0.mlp.gate_proj", 4, "float32", False),
+        ("layers.0.router.layer.norm", 4, "float32", False),
+    ],
+)
+def test_routers_are_known_by_name_and_width(module: str, features: int, dtype: str, routes: bool) -> None:
+    assert Experts(count=4, chosen=2).routed_by(module, features, dtype) == routes

@@ -133,7 +133,9 @@ def test_only_the_right_module_in_the_right_phase_is_the_origin() -> None:
     expected = Truth(True, 5.0, "decode", ("decode",), ("x",), 5.0, 0.0)
     suspects = tuple(Suspected(m, m, p, "origin", 9.0) for m, p in (("x", "prefill"), ("y", "decode"), ("x", "decode")))
     named = (Suspected("x", "x", "decode", "finding", 9.0, "causal_mask", 0.9),)
-    outcome = judge("llama", FAULTS["cache-late"], None, expected, Report("fail", "fail", suspects, named, (), {}, {}, ""))
+    outcome = judge(
+        "llama", FAULTS["cache-late"], None, expected, Report("fail", "fail", suspects, named, (), {}, {}, "")
+    )
     assert outcome.origin_rank == 3
     assert outcome.confident_wrong
     assert not is_right(outcome)

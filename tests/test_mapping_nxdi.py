@@ -145,6 +145,18 @@ def test_gpt_oss_returns_affinities_and_half_the_angles() -> None:
     assert not tapped.gaps
 
 
+def test_what_lies_within_a_block_of_experts_is_accounted_for() -> None:
+    block, fused = f"{LAYER}.mlp", f"{NXDI_LAYER}.mlp.moe.expert_mlps"
+    reference = {f"{block}.activation": 24, f"{block}.moe_statics": 4, f"{block}.other": 5}
+    gaps = {gap.site.name: (gap.status, gap.reason) for gap in both(reference, {fused: HIDDEN}).gaps}
+    assert gaps[f"{block}.activation"] == (
+        "skipped", f"sees the rows that the router grouped by expert; the target computes all experts in {fused}"
+    )  # fmt: skip
+    assert gaps[f"{block}.moe_statics"][0] == "skipped"
+    assert gaps[f"{block}.other"][0] == "unmatched"
+    assert {gap.status for gap in both(reference, {f"{NXDI_LAYER}.mlp": HIDDEN}).gaps} == {"unmatched"}
+
+
 def test_a_router_of_the_same_implementation_keeps_its_names() -> None:
     sites = {f"{LAYER}.mlp.router[0]": 4, f"{LAYER}.mlp.router[1]": 2}
     assert pairs(both(sites, sites)) == {name: [name] for name in sites}

@@ -33,6 +33,11 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exp
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k")
 
 
+def is_router(module: str) -> bool:
+    """Whether a module is a router by its name, or the projection within one."""
+    return any(part in _ROUTER_NAMES for part in module.rsplit(".", 2)[-2:])
+
+
 @dataclass(frozen=True)
 class Experts:
     """Number of experts of a model, and how many of them a token is sent to."""
@@ -52,7 +57,7 @@ class Experts:
 
     def routed_by(self, module: str, features: int, dtype: str) -> bool:
         """Whether a site holds scores of all experts, or indices of the chosen ones."""
-        if module.rpartition(".")[2] not in _ROUTER_NAMES:
+        if not is_router(module):
             return False
         return features == (self.chosen if _is_integer(dtype) else self.count)
 
@@ -209,7 +214,7 @@ class RoutingLedger:
     def choices(self, module: str, sites: Mapping[int, AlignedSite]) -> Choices:
         """The choice of experts at a site, per prompt."""
         first = next(iter(sites.values()))
-        if self._experts is None or not first.positioned or module.rpartition(".")[2] not in _ROUTER_NAMES:
+        if self._experts is None or not first.positioned or not is_router(module):
             return Choices({})
         piece = next(iter(first))
         if not self._experts.routed_by(module, piece.reference.shape[1], first.target_dtype):
