@@ -26,6 +26,7 @@ def diagnose(
 ) -> None:
     """Say why a target diverges: test every suspect site against named causes, from the trace alone."""
     from ..analyze.diagnosis import diagnose as find_causes
+    from ..analyze.localization.suspects import open_suspects
 
     opened = Trace.open(trace)
     with progress("diagnose") as update:
@@ -38,6 +39,9 @@ def diagnose(
             print_finding(finding)
         if not findings:
             say(f"{comparison}: no suspect site; {_NOTHING[verdict]}", "green" if verdict == "pass" else "yellow")
+            in_noise = len(open_suspects(opened, comparison))
+            if in_noise:
+                say(f"  R of {in_noise} sites may be noise; no known cause explains what they are off by")
     raise typer.Exit(EXIT_CODES[verdict])
 
 
