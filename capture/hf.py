@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..store.errors import InputError
 from .packed import block_size, packed_weights, packing_of, unpacked
+from .widening import is_too_large, widen_by_layer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
@@ -33,12 +34,15 @@ class ModelSource:
         seed: seed of a random initialisation, None to load weights.
         trust_remote_code: run modelling code that lies in the folder.
         attention: attention implementation, None for the library's default.
+        by_layer: keep weights in the dtype in which they are stored and widen a layer when it runs; None where a wider
+            dtype would not fit in memory.
     """
 
     path: Path
     seed: int | None = None
     trust_remote_code: bool = False
     attention: str | None = None
+    by_layer: bool | None = None
 
 
 class HuggingFaceCausalModel:
@@ -111,7 +115,8 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> torch.nn.Module:
 
     A random initialisation is drawn in FP32 and then cast, so that runs of different dtypes share their weights;
     buffers that the model keeps in FP32 (rotary frequencies) stay so. Packed weights (MXFP4, FP8 and INT8 with scales)
-    are unpacked.
+    are unpacked. Weights that would not fit in memory in a wider dtype than they are stored in are widened layer by
+    layer; the values are the same.
 
     Raises:
         InputError: there are no weights, or they do not fit.
@@ -131,12 +136,25 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> torch.nn.Module:
             del config.quantization_config
             model_class = AutoModelForCausalLM._model_mapping[type(config)]
             options |= {"config": config, "state_dict": state}
+        by_layer = state is None and _by_layer(source, folder, dtype)
         model: torch.nn.Module = model_class.from_pretrained(
-            None if state is not None else folder, dtype=dtype, local_files_only=True, **options
+            None if state is not None else folder,
+            dtype="auto" if by_layer else dtype,
+            local_files_only=True,
+            **options,
         )
+        if by_layer:
+            model = widen_by_layer(model, dtype)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{source.path} cannot be loaded: {_first_line(error)}") from error
     return model.eval()
+
+
+def _by_layer(source: ModelSource, folder: Path, dtype: torch.dtype) -> bool:
+    """Whether weights are widened by layer: as asked, else where they would not fit."""
+    if dtype not in (torch.float32, torch.float64):
+        return False
+    return is_too_large(folder, dtype) if source.by_layer is None else source.by_layer
 
 
 def _unpacked_weights(config: Any, folder: Path) -> dict[str, torch.Tensor] | None:

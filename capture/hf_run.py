@@ -33,6 +33,7 @@ from .prompts import EncodedPrompt, PromptInput, check_lengths, encode_prompts, 
 from .recorder import record
 from .replicate import Replicate
 from .selection import Selection
+from .widening import computes_in
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ def capture_hugging_face(
         "checkpoint_fingerprint": fingerprint,
         "seed": capture.source.seed,
         "attention": getattr(model.config, "_attn_implementation", None),
+        "weights_widened_by_layer": computes_in(model) is not None,
         "teacher": capture.teacher,
         "generation": {k: v for k, v in asdict(capture.generation).items() if k != "stop_tokens"},
         "selection": selection_facts(capture.selection),

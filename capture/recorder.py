@@ -22,6 +22,7 @@ from .pending import PendingTensor, WriteGuard, check_storable
 from .provenance import environment, weights_fingerprint
 from .selection import Selection
 from .slots import tensor_slots
+from .widening import computes_in
 
 #: Parameters and buffers up to this size are kept with the run.
 SMALL_PARAMETER_BYTES = 1 << 20
@@ -219,7 +220,7 @@ def record(
         raise InputError(f"role {role!r} is unknown; choose one of {', '.join(ROLES)}")
     facts = {} if provenance is None else provenance
     facts.update(environment())
-    parameters = list(model.parameters())
+    parameters, wide = list(model.parameters()), computes_in(model)
     manifest = trace.begin_run(
         RunManifest(
             ordinal=0,
@@ -227,7 +228,7 @@ def record(
             role=role,
             stack=stack,
             model=model_name or type(model).__name__,
-            dtype=_dominant_dtype(parameters),
+            dtype=_dominant_dtype(parameters) if wide is None else str(wide).removeprefix("torch."),
             device=str(parameters[0].device) if parameters else "cpu",
             tp=1,
             status="running",

@@ -73,6 +73,13 @@ def capture_hf(
     random_init: Annotated[int | None, typer.Option(metavar="SEED", help="Random weights from this seed.")] = None,
     attention: Annotated[str | None, typer.Option(help="Attention implementation, for example eager or sdpa.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run modelling code that lies in the model folder.")] = False,
+    by_layer: Annotated[
+        bool | None,
+        typer.Option(
+            "--by-layer/--whole",
+            help="Widen the weights of one layer at a time; by default where they would not fit in memory.",
+        ),
+    ] = None,
     replicate: Replicates = None,
     plan: Annotated[bool, typer.Option(help="Predict tensors, bytes and time; run nothing.")] = False,
     json: Json = False,
@@ -85,7 +92,7 @@ def capture_hf(
 
     parse_dtype(dtype)
     capture = HuggingFaceCapture(
-        source=ModelSource(model, random_init, trust_remote_code, attention),
+        source=ModelSource(model, random_init, trust_remote_code, attention, by_layer),
         run=run,
         role=role,
         dtype=dtype,
