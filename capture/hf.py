@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +145,16 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> torch.nn.Module:
             **options,
         )
         if by_layer:
-            model = widen_by_layer(model, dtype)
+            build = partial(_from_config, config, options)
+            model = widen_by_layer(model, dtype, build)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{source.path} cannot be loaded: {_first_line(error)}") from error
     return model.eval()
+
+
+def _from_config(config: Any, options: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
+    model: torch.nn.Module = model_family(config).from_config(config, dtype=dtype, **options)
+    return model
 
 
 def _by_layer(source: ModelSource, folder: Path, dtype: torch.dtype) -> bool:
@@ -167,13 +174,11 @@ def _unpacked_weights(config: Any, folder: Path) -> dict[str, torch.Tensor] | No
 
 def _random_model(config: Any, seed: int, dtype: torch.dtype, options: dict[str, Any]) -> torch.nn.Module:
     torch.manual_seed(seed)
-    family = model_family(config)
-    full = family.from_config(config, dtype=torch.float32, **options)
+    full = _from_config(config, options, torch.float32)
     if dtype is torch.float32:
-        model: torch.nn.Module = full
-    else:
-        model = family.from_config(config, dtype=dtype, **options)
-        model.load_state_dict(full.state_dict())
+        return full.eval()
+    model = _from_config(config, options, dtype)
+    model.load_state_dict(full.state_dict())
     return model.eval()
 
 

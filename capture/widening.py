@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,20 +28,28 @@ _HEADER = struct.Struct("<Q")
 _WIDENED: WeakKeyDictionary[torch.nn.Module, torch.dtype] = WeakKeyDictionary()
 
 
-def widen_by_layer(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+def widen_by_layer(
+    model: torch.nn.Module, dtype: torch.dtype, build: Callable[[torch.dtype], torch.nn.Module]
+) -> torch.nn.Module:
     """Let a model compute in a wider dtype than that of its weights, one layer at a time.
 
     A layer is an element of a list of modules (what it contains included); every module outside of lists that has
-    parameters of its own counts as one too. Buffers are small, and widened for good.
+    parameters of its own counts as one too. Buffers are small, and widened for good; those that are no part of a
+    checkpoint are computed anew, since the model made them in the narrower dtype.
 
     Args:
         model: with its weights in the dtype in which they are stored.
         dtype: the wider one.
+        build: makes the model in a dtype, with any weights; its parameters take no memory.
     """
-    for buffers in (module._buffers for module in model.modules()):
-        for name, buffer in buffers.items():
+    with parameters_without_values():
+        computed = dict(build(dtype).named_buffers())
+    stored = model.state_dict().keys()
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            full = f"{path}.{name}" if path else name
             if buffer is not None and buffer.is_floating_point():
-                buffers[name] = buffer.to(dtype)
+                module._buffers[name] = buffer.to(dtype) if full in stored else computed[full]
     for module in model.modules():
         if isinstance(getattr(type(module), "dtype", None), property):
             _says_it_computes_in(module, dtype)
@@ -49,6 +59,20 @@ def widen_by_layer(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Modul
             _Widened(parameters, dtype).attach(unit)
     _WIDENED[model] = dtype
     return model
+
+
+@contextmanager
+def parameters_without_values() -> Iterator[None]:
+    """Parameters of modules that are built inside have shapes only; buffers are computed."""
+    register = torch.nn.Module.register_parameter
+
+    def without_values(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    with patch.object(torch.nn.Module, "register_parameter", without_values):
+        yield
 
 
 def computes_in(model: torch.nn.Module) -> torch.dtype | None:

@@ -127,20 +127,21 @@ def anonymous():
 
 quiet_transformers()
 torch.set_num_threads(1)
+load_model(ModelSource(Path(sys.argv[2]), by_layer=True), torch.float32)  # imports what it needs
 before = anonymous()
-model = load_model(ModelSource(Path(sys.argv[1]), by_layer=sys.argv[2] == "by-layer"), torch.float32)
-peak = [before]
+model = load_model(ModelSource(Path(sys.argv[1]), by_layer=True), torch.float32)
+taken, parameters, wide = anonymous() - before, list(model.parameters()), [0]
 for layer in model.model.layers:
-    layer.mlp.register_forward_hook(lambda *_: peak.append(anonymous()))
+    wide_now = lambda *_: sum(p.nbytes for p in parameters if p.dtype == torch.float32)
+    layer.mlp.register_forward_hook(lambda *_: wide.append(wide_now()))
 with torch.no_grad():
     model(torch.tensor([[5, 6, 7]]))
-print(json.dumps([max(peak) - before, 4 * sum(p.numel() for p in model.parameters())]))
+size = sum(p.numel() for p in parameters) * 4
+print(json.dumps([taken / size, max(wide) / size, sum(p.nbytes for p in parameters) / size]))
 """
-    taken = {}
-    for how in ("by-layer", "whole"):
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(folder), how], capture_output=True, text=True, check=True
-        )
-        taken[how], size = json.loads(done.stdout)
-    assert taken["whole"] > 0.9 * size
-    assert taken["by-layer"] < 0.4 * size
+    command = [sys.executable, "-c", code, str(folder), str(checkpoint(CONFIGS["llama"], tmp_path / "small"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    taken, wide, narrow = json.loads(done.stdout)
+    assert taken < 0.25  # a copy of the weights in BF16 would be half of what they take in FP32
+    assert wide == pytest.approx(1 / 16, rel=0.01)
+    assert narrow == 0.5
