@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..store.errors import InputError
+from ..store.errors import InputError, SleuthError
 from ..store.manifest import Prompt, PromptTokens
 from ..store.progress import Progress, no_progress
 from ..store.trace import Trace
@@ -234,7 +234,11 @@ def run_recorded(
 def try_plan(
     trace: Trace, capture: HuggingFaceCapture, prompts: Sequence[EncodedPrompt]
 ) -> tuple[Plan | None, str | None]:
-    """Predict a capture; a model whose forward needs values gives the reason instead."""
+    """Predict a capture; a model whose code needs values, or fails without them, gives the reason instead.
+
+    Raises:
+        SleuthError: the model cannot be loaded, with values or without.
+    """
     dtype = parse_dtype(capture.dtype)
     seeded = replace(capture.source, seed=capture.source.seed or 0)
 
@@ -252,7 +256,9 @@ def try_plan(
             dtype=dtype,
             statistics_only=capture.statistics_only,
         )
-    except (RuntimeError, NotImplementedError, TypeError) as error:
+    except SleuthError:
+        raise
+    except Exception as error:  # noqa: BLE001 (the model's own code; without a prediction the capture goes on)
         return None, f"{type(error).__name__}: {error}"
     return plan, None
 

@@ -211,6 +211,23 @@ def test_a_model_whose_routing_depends_on_values_says_why_it_has_no_plan_and_is_
     assert verify(trace).problems == ()
 
 
+def test_a_model_that_cannot_be_built_without_its_weights_is_captured_all_the_same(
+    trace: Trace, model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_model(ModelSource(model_folder("llama"), seed=0), torch.float32).save_pretrained(tmp_path / "weights")
+
+    def without_bias(config: Any, *_: Any) -> torch.nn.Module:
+        raise AttributeError(f"{config.model_type} has no bias")
+
+    monkeypatch.setattr("tensorsleuth.capture.hf._random_model", without_bias)
+    prompts = [PromptInput("a", token_ids=(5, 6, 7))]
+    summary = capture_hugging_face(
+        trace, HuggingFaceCapture(ModelSource(tmp_path / "weights"), "run", "reference", prompts=prompts)
+    )
+    assert summary.plan is None
+    assert trace.manifest("run").provenance["plan"] == {"error": "AttributeError: llama has no bias"}
+
+
 @pytest.mark.parametrize("architecture", ["llama", "mixtral", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_random_weights_are_drawn_once_and_cast(
