@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from ..store.names import is_attention
 from .sites import Site
 
 #: Leading path components that wrap a model without being part of it.
@@ -177,8 +178,7 @@ def no_counterpart(site: Site, around: Surroundings) -> str | None:
 
 
 def _is_attention_weights(site: Site, around: Surroundings) -> bool:
-    leaf = site.module.rpartition(".")[2]
-    return leaf in ("self_attn", "attention", "attn") and site.slot == "1" and site.module in around.target
+    return is_attention(site.module) and site.slot == "1" and site.module in around.target
 
 
 def _returns_other_things(site: Site, around: Surroundings) -> bool:

@@ -15,9 +15,7 @@ import torch
 
 from ..store.dims import Axis, parse_dims
 from ..store.errors import InputError
-
-#: Names of attention modules.
-_ATTENTIONS = frozenset({"self_attn", "attention", "attn", "self_attention"})
+from ..store.names import is_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +182,7 @@ def holds_attention_weights(path: str, port: str, slot: str, shape: Sequence[int
         layout.keys is not None
         and layout.source is None
         and (port, slot) == ("output", "1")
-        and path.rpartition(".")[2] in _ATTENTIONS
+        and is_attention(path)
         and len(shape) == 4
         and (shape[0], shape[2]) == (layout.batch, layout.length)
         and shape[3] <= layout.keys.shape[1]

@@ -42,7 +42,7 @@ def widen_by_layer(
         dtype: the wider one.
         build: makes the model in a dtype, with any weights; its parameters take no memory.
     """
-    with parameters_without_values():
+    with _parameters_without_values():
         computed = dict(build(dtype).named_buffers())
     stored = model.state_dict().keys()
     for path, module in model.named_modules():
@@ -62,7 +62,7 @@ def widen_by_layer(
 
 
 @contextmanager
-def parameters_without_values() -> Iterator[None]:
+def _parameters_without_values() -> Iterator[None]:
     """Parameters of modules that are built inside have shapes only; buffers are computed."""
     register = torch.nn.Module.register_parameter
 

@@ -109,7 +109,7 @@ def test_weights_that_would_not_fit_are_widened_by_layer(tmp_path: Path, monkeyp
     assert hf.load_model is load_model
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc/self/status: run it on Linux")
 def test_memory_holds_one_layer(tmp_path: Path) -> None:
     config = LlamaConfig(
         vocab_size=64, hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8,

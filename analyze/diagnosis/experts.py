@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .hypothesis import Prediction, Scored
-from .ranking import Decision
+from .ranking import Decision, stated
 from .runs import FloatArray, IntArray
 from .scene import REFERENCE, TARGET, Scene
 
@@ -89,7 +88,7 @@ def recorded_experts(
     run = scene.runs.reference if side == REFERENCE else scene.runs.target
     sites = scene.runs.sites if side == REFERENCE else scene.runs.target_sites
     numbers = sorted({int(m[2]) for name in sites if (m := _NAME.match(name)) and m[1] == block})
-    tokens = _block_inputs(scene, side, block)
+    tokens = scene.view(side).given(block)
     if tokens is None or not numbers or (side == TARGET and scene.runs.counterparts.get(scene.site.name) is None):
         return None
     stored: dict[tuple[str, str], list[FloatArray]] = {}
@@ -133,23 +132,13 @@ def misplaced_expert(scene: Scene) -> Decision | None:
     expected = ours.outputs[""][other, shared]
     left = float(np.linalg.norm(scene.target[shared] - expected))
     error = float(np.linalg.norm(scene.target[shared] - scene.reference[shared]))
-    prediction = Prediction(
+    return stated(
         "expert_order",
-        np.zeros((0, 0)),
         f"expert {number} returns what expert {other} should, on all {int(shared.sum())} tokens that both are given",
         "stack the experts in the order of the checkpoint, and shard them over ranks in that order",
-        parameters={"expert": number, "is": other, "tokens": int(shared.sum())},
+        {"expert": number, "is": other, "tokens": int(shared.sum())},
+        confidence=max(0.0, 1.0 - left / error),
     )
-    return Decision("expert_order", Scored(prediction, 0.0, 0.0, 0.0, 0.0), None, max(0.0, 1.0 - left / error), "")
-
-
-def _block_inputs(scene: Scene, side: str, block: str) -> FloatArray | None:
-    for name in (f"{block}:input", f"{block}:input[0]", f"{block}:input[hidden_states]"):
-        info = scene.runs.sites.get(name)
-        values = None if info is None else scene.view(side).rows(info.site)
-        if values is not None:
-            return values
-    return None
 
 
 def _placed(tokens: FloatArray, given: FloatArray | None, returned: FloatArray | None) -> FloatArray | None:

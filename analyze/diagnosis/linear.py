@@ -23,7 +23,9 @@ _TOKENS_PER_FEATURE = 1.05
 #: Rows held back from an estimate, to check it.
 _HELD_BACK = 8
 _NOT_LINEAR = ("norm", "embed", "rotary", "act", "dropout")
-_PARTS = (2, 4, 8, 16, 32, 64)
+#: Ranks over which a product may be split, and what to do about sums that stay partial.
+PARTS = (2, 4, 8, 16, 32, 64)
+REDUCE = "reduce the output over the tensor-parallel ranks (a row-parallel layer, reduce_output=True)"
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
@@ -146,7 +148,7 @@ def estimate(scene: Scene, x: FloatArray, y: FloatArray) -> FloatArray | None:
 def _parts(scene: Scene, law: Linear, x: FloatArray) -> Iterator[Prediction]:
     """Partial sums: the ranks' products were not added up, or one was added too often."""
     width = x.shape[1]
-    for parts in _PARTS:
+    for parts in PARTS:
         if width % parts or width // parts < 2:
             continue
         size = width // parts
@@ -157,7 +159,7 @@ def _parts(scene: Scene, law: Linear, x: FloatArray) -> Iterator[Prediction]:
                 "missing_all_reduce",
                 product,
                 f"the output is the product of part {rank} of {parts} of the input alone: partial sums are not added",
-                "reduce the output over the tensor-parallel ranks (a row-parallel layer, reduce_output=True)",
+                REDUCE,
                 parameters={"part": rank, "parts": parts},
             )
 
@@ -197,10 +199,9 @@ def _others(scene: Scene, law: Linear) -> Iterator[tuple[str, FloatArray]]:
     view, _ = scene.everywhere
     for name, info in scene.runs.sites.items():
         module = info.site.module
-        inputs = scene.runs.sites.get(f"{module}:input") or scene.runs.sites.get(f"{module}:input[0]")
-        if name != module or module.rpartition(".")[2] != leaf or module == scene.site.module or inputs is None:
+        if name != module or module.rpartition(".")[2] != leaf or module == scene.site.module:
             continue
-        x, y = view.rows(inputs.site), view.rows(info.site)
+        x, y = view.given(module), view.rows(info.site)
         bias = scene.runs.parameters.get((module, "bias"))
         if y is not None and bias is not None and bias.shape == y.shape[1:]:
             y = y - bias

@@ -9,13 +9,13 @@ from scipy.optimize import minimize_scalar
 
 from .hypothesis import INHERITED, Prediction
 from .inputs import best_view, find_source, sources
+from .linear import PARTS
 from .runs import FloatArray
 from .scene import Scene
 
 _CAPS = (30.0, 50.0, 20.0, 15.0)
 #: How many times as much a usual cap must leave for another to be preferred.
 _CLEARLY = 1.1
-_PARTS = (2, 4, 8, 16, 32, 64)
 
 
 def _capped(x: FloatArray, cap: float) -> FloatArray:
@@ -74,7 +74,7 @@ def embedding_shards(scene: Scene) -> Iterator[Prediction]:
     table = scene.runs.parameters.get((scene.site.module, "weight"))
     remedy = "take the rank from a tensor (SPMDRank, rank_util.rank = arange(tp)), not from Python while tracing"
     yield from _one_range(scene, ids, remedy)
-    for parts in (parts for parts in _PARTS if size % parts == 0):
+    for parts in (parts for parts in PARTS if size % parts == 0):
         width = int(size) // parts
         for rank in range(min(parts, 8)):
             inside = (ids // width == rank)[:, None]

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .hypothesis import DESCRIPTION, Prediction, Scored
-from .ranking import Decision
+from .linear import PARTS, REDUCE
+from .ranking import Decision, stated
 from .runs import FloatArray, IntArray
-from .scene import REFERENCE, TARGET, Scene
+from .scene import Scene
 
-_PARTS = (2, 4, 8, 16, 32, 64)
 #: Tokens per fitted number, and tokens that are held back.
 _TOKENS_PER_FEATURE, _HELD_BACK = 1.1, 12
 #: What may be left of the target in units of the noise (a fit with few tokens to spare amplifies it), how much more
@@ -41,8 +40,8 @@ def missing_sum(scene: Scene) -> Decision | None:
 
     Needs the recorded input of the module.
     """
-    inputs = _inputs(scene)
-    if inputs is None:
+    inputs = scene.inputs
+    if inputs is None or scene.site.port != "output":
         return None
     _, first = np.unique(inputs[1], axis=0, return_index=True)
     fits = [
@@ -54,24 +53,21 @@ def missing_sum(scene: Scene) -> Decision | None:
         return None
     least = min(fit.target for fit in fits)
     best = max((fit for fit in fits if fit.target <= _BETTER * least), key=lambda fit: (fit.parts, -fit.target))
-    prediction = Prediction(
+    return stated(
         "missing_all_reduce",
-        np.zeros((0, 0)),
         f"the output is a linear function of part {best.part} of {best.parts} of the input alone, up to"
         f" {best.target:.2%}; of the reference that leaves {best.reference:.0%}: partial sums are not added",
-        "reduce the output over the tensor-parallel ranks (a row-parallel layer, reduce_output=True)",
-        DESCRIPTION,
-        parameters={"part": best.part, "parts": best.parts, "left": best.target, "left_of_reference": best.reference},
+        REDUCE,
+        {"part": best.part, "parts": best.parts, "left": best.target, "left_of_reference": best.reference},
+        confidence=1.0 - best.target / best.reference,
     )
-    confidence = 1.0 - best.target / best.reference
-    return Decision("missing_all_reduce", Scored(prediction, 0.0, 0.0, 0.0, 0.0), None, confidence, "")
 
 
 def _fits(scene: Scene, inputs: tuple[FloatArray, FloatArray], tokens: IntArray) -> Iterator[_Fit]:
     held = tokens[:: max(len(tokens) // _HELD_BACK, 1)]
     used = np.setdiff1d(tokens, held)
     width = inputs[0].shape[1]
-    for parts in _PARTS:
+    for parts in PARTS:
         size = width // parts
         if width % parts or size < 2 or len(used) < _TOKENS_PER_FEATURE * (size + 1):
             continue
@@ -88,15 +84,3 @@ def _left(x: FloatArray, y: FloatArray, used: IntArray, held: IntArray) -> float
     x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
     solution, _, _, _ = np.linalg.lstsq(x[used], y[used], rcond=1e-10)
     return float(np.linalg.norm(x[held] @ solution - y[held]) / max(np.linalg.norm(y[held]), 1e-300))
-
-
-def _inputs(scene: Scene) -> tuple[FloatArray, FloatArray] | None:
-    """What the projection is given in the reference and in the target, `[tokens, in]`."""
-    if scene.site.port != "output":
-        return None
-    for name in (f"{scene.site.module}:input", f"{scene.site.module}:input[0]"):
-        info = scene.runs.sites.get(name)
-        found = None if info is None else [scene.view(side).rows(info.site) for side in (REFERENCE, TARGET)]
-        if found is not None and found[0] is not None and found[1] is not None and found[0].shape == found[1].shape:
-            return found[0], found[1]
-    return None

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from .hypothesis import DESCRIPTION, INHERITED, PATTERN, Scored
+import numpy as np
+
+from .hypothesis import DESCRIPTION, INHERITED, PATTERN, Prediction, Scored
 
 #: Share of the error beyond the noise that a cause must explain.
 ENOUGH = 0.9
@@ -37,6 +40,17 @@ class Decision:
     runner_up: Scored | None
     confidence: float
     reason: str
+
+
+def stated(cause: str, summary: str, remedy: str, parameters: dict[str, Any], *, confidence: float = 1.0) -> Decision:
+    """A decision on evidence that predicts no values of the site.
+
+    Args:
+        cause, summary, remedy, parameters: see `hypothesis.Prediction`.
+        confidence: see `Decision`.
+    """
+    prediction = Prediction(cause, np.zeros((0, 0)), summary, remedy, parameters=parameters)
+    return Decision(cause, Scored(prediction, 0.0, 0.0, 0.0, 0.0), None, confidence, "")
 
 
 def decide(error: float, scored: Sequence[Scored]) -> Decision:

@@ -6,6 +6,8 @@ from functools import cached_property
 
 import numpy as np
 
+from ...store.trace import site_name
+from ..naming import MAIN_SLOTS
 from ..sites import Site, SiteInfo
 from .runs import ComparedRuns, Counterpart, FloatArray, IntArray, Rows
 
@@ -88,6 +90,12 @@ class Scene:
         """||t - r||."""
         return float(np.linalg.norm(self.target - self.reference))
 
+    @cached_property
+    def inputs(self) -> tuple[FloatArray, FloatArray] | None:
+        """What the suspect's module is given in the reference and in the target, `[tokens, in]`, where both tell."""
+        x, given = (self.view(side).given(self.site.module) for side in (REFERENCE, TARGET))
+        return None if x is None or given is None or x.shape != given.shape else (x, given)
+
     def view(self, side: str) -> View:
         """The values around the suspect, of one side."""
         return View(self, side, self.rows)
@@ -130,6 +138,15 @@ class View:
         at = _find(found, self.tokens)
         values = found.reference if self.side == REFERENCE else found.target
         return None if at is None or values is None or not np.isfinite(values[at]).all() else values[at]
+
+    def given(self, module: str) -> FloatArray | None:
+        """Main input of a module on the view's tokens, `[tokens, features]`; None where it was not recorded."""
+        for slot in MAIN_SLOTS:
+            info = self.scene.runs.sites.get(site_name(module, "input", slot))
+            values = None if info is None else self.rows(info.site)
+            if values is not None:
+                return values
+        return None
 
     def sequences(self, site: Site) -> dict[int, FloatArray] | None:
         """Values of a site by prompt on positions 0, 1, ... without a hole; None when a prompt has none."""

@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .hypothesis import DESCRIPTION, Prediction, Scored
-from .ranking import Decision
+from .ranking import Decision, stated
 from .runs import FloatArray
-from .scene import REFERENCE, TARGET, Scene
+from .scene import Scene
 
 #: Different tokens, outputs and spread of the inputs' cosines that are needed; tokens that are used.
 _TOKENS, _MOST_TOKENS, _OUTPUTS, _SPREAD = 16, 512, 64, 0.08
@@ -62,32 +61,26 @@ def rounded_weight(scene: Scene) -> Decision | None:
         by_inputs >= _CORRELATION and by_inputs - by_outputs >= _AHEAD and _SLOPE[0] <= slope <= _SLOPE[1] and even
     ):
         return None
-    prediction = Prediction(
+    return stated(
         "quantised_weights",
-        np.zeros((0, 0)),
         f"errors of tokens resemble each other exactly as their inputs do: every weight is off by a little, at random, "
         f"which makes {relative:.2%} of the output",
         "compare this weight with the checkpoint: it went through 8 or 4 bits, or was rounded in another way",
-        DESCRIPTION,
-        parameters={"by_inputs": by_inputs, "by_outputs": by_outputs, "slope": slope, "relative_error": relative},
+        {"by_inputs": by_inputs, "by_outputs": by_outputs, "slope": slope, "relative_error": relative},
+        confidence=(by_inputs - max(by_outputs, 0.0)) / (1.0 - max(by_outputs, 0.0)),
     )
-    ahead = (by_inputs - max(by_outputs, 0.0)) / (1.0 - max(by_outputs, 0.0))
-    return Decision("quantised_weights", Scored(prediction, 0.0, 0.0, 0.0, 0.0), None, ahead, "")
 
 
 def _inputs(scene: Scene) -> FloatArray | None:
     """What the reference's projection is given, if the target's is given the same but for rounding."""
     if scene.site.port != "output":
         return None
-    for name in (f"{scene.site.module}:input", f"{scene.site.module}:input[0]"):
-        info = scene.runs.sites.get(name)
-        if info is None:
-            continue
-        x, given = (scene.view(side).rows(info.site) for side in (REFERENCE, TARGET))
-        if x is not None and given is not None and len(given) == len(x) and given.shape == x.shape:
-            apart = float(np.linalg.norm(given - x)) / max(float(np.linalg.norm(x)), 1e-300)
-            return x if apart <= _BEYOND * scene.noise else None
-    return None
+    inputs = scene.inputs
+    if inputs is None:
+        return None
+    x, given = inputs
+    apart = float(np.linalg.norm(given - x)) / max(float(np.linalg.norm(x)), 1e-300)
+    return x if apart <= _BEYOND * scene.noise else None
 
 
 def _cosines(rows: FloatArray, squares: FloatArray | None = None) -> FloatArray:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .hypothesis import Prediction, Scored
 from .origins import Origin
-from .ranking import UNKNOWN, Decision
+from .ranking import UNKNOWN, Decision, stated
 from .runs import ComparedRuns
 from .scene import Scene
 
@@ -22,7 +21,7 @@ def unreadable(runs: ComparedRuns, origin: Origin) -> Decision:
     if ours is None or theirs is None or ours == theirs:
         reason = "the size of its tensors depends on the data (routed tokens, a mask): look at the sites before it"
         return Decision(UNKNOWN, None, None, 0.0, reason)
-    return _sure(
+    return stated(
         "shape_mismatch",
         f"the target holds {theirs} elements per token, the reference {ours}",
         "check sharding, padding and transposition of this module, or say in a mapping file how the two correspond",
@@ -42,7 +41,7 @@ def broken(scene: Scene) -> Decision | None:
     n_nan = int(np.isnan(scene.target[bad]).sum())
     facts = {"n": int(bad.sum()), "n_nan": n_nan, "n_inf": int(bad.sum()) - n_nan}
     if (beyond & bad).sum() >= 0.9 * bad.sum():
-        return _sure(
+        return stated(
             "overflow",
             f"the reference's values exceed the largest {scene.runs.target_dtype}, {largest:.5g}",
             "run this module in bfloat16 or float32, or rescale what enters it",
@@ -50,15 +49,10 @@ def broken(scene: Scene) -> Decision | None:
         )
     rows = bad.any(axis=1)
     whole_rows = bool(bad[rows].all())
-    return _sure(
+    return stated(
         "nonfinite",
         f"{int(bad.sum())} values are NaN or infinite here first, in {rows.mean():.0%} of the tokens"
         + (" (all features of a token)" if whole_rows else ""),
         "look at divisions, square roots, masks with every key hidden, and uninitialised memory in this module",
         {**facts, "whole_tokens": whole_rows},
     )
-
-
-def _sure(cause: str, summary: str, remedy: str, parameters: dict[str, object]) -> Decision:
-    prediction = Prediction(cause, np.zeros((0, 0)), summary, remedy, parameters=parameters)
-    return Decision(cause, Scored(prediction, 0.0, 1.0, 1.0, 0.0), None, 1.0, "")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .modules import leaf
+from ...store.names import is_attention
 
-_ATTENTION = ("self_attn", "attention", "attn")
 _ROUTED = ("router", "gate", "expert", "moe")
 #: Cosines are at most one, times the attention factor of scaled rotary embeddings.
 _LARGEST_COSINE = 2.0
@@ -46,7 +45,7 @@ def looks_like_cosines(tensor: torch.Tensor, module: str) -> bool:
     Cosines of `[batch, positions, head_dim]` are small, and either both halves of every row are the same bits, or the
     row of position 0 is one constant that no other element exceeds.
     """
-    if leaf(module) not in _ATTENTION or tensor.ndim != 3 or tensor.shape[-1] < 2 or not tensor.is_floating_point():
+    if not is_attention(module) or tensor.ndim != 3 or tensor.shape[-1] < 2 or not tensor.is_floating_point():
         return False
     values = tensor.float()
     largest = float(values.abs().max())

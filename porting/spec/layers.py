@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,6 @@ from .layer_wiring import LayerWiring, Step
 from .mixture import is_mixture
 from .norms import is_norm
 from .observation import Call, Observation, source_line
-from .sources import Sources
 
 Case = TypeVar("Case")
 Value = TypeVar("Value", bound=Hashable)
@@ -60,21 +60,23 @@ def _has_children(module: torch.nn.Module) -> bool:
 class LayerAnalysis(LayerWiring):
     """Explains how the modules of one layer feed each other."""
 
-    def __init__(self, seen: Observation, path: str, numbers: Expressions, sources: Sources) -> None:
-        """Look at one layer.
+    @cached_property
+    def calls(self) -> list[Call]:
+        """Calls of the layer's own modules."""
+        return [c for c in self._seen.children(self._path) if not _is_identity(c)]
 
-        Args:
-            seen: the observed model.
-            path: of the layer.
-            numbers: expressions over the configuration.
-            sources: receives where fields come from.
+    @cached_property
+    def loose(self) -> list[Call]:
+        """Those that are projections and activations of the layer itself."""
+        return [c for c in self.calls if is_linear(c.module) or _is_activation(c)]
+
+    @cached_property
+    def attention(self) -> str:
+        """Path of the module that takes a softmax over queries times keys.
+
+        Raises:
+            InputError: there is none, or more than one.
         """
-        super().__init__(seen, path, numbers, sources)
-        self.attention = self._attention_path()
-        self.calls = [c for c in seen.children(path) if not _is_identity(c)]
-        self.loose = [c for c in self.calls if is_linear(c.module) or _is_activation(c)]
-
-    def _attention_path(self) -> str:
         inside = [p for p in self._seen.softmaxes if p.startswith(f"{self._path}.") and _is_scores(self._seen, p)]
         if len(inside) != 1:
             line = source_line(self._module, "def forward")
